@@ -1,0 +1,220 @@
+"""The KV cache in two tiers: block pools, block tables, the K and V tensors, and swaps between them.
+
+A sequence's KV lies wholly in one tier at a time, in blocks of `block_size` tokens named by its block table:
+
+    table[row of request] = [ 7, 2, 9, 0, ... ]      token t of the sequence: block table[t // bs], slot t % bs
+    gpu.k, gpu.v   [L, num_gpu_blocks, Hkv, bs, D]   on the device
+    cpu.k, cpu.v   [L, num_cpu_blocks, Hkv, bs, D]   ordinary host memory, touched only when first used
+
+`bind` turns a sub-batch of requests into `Inputs`: the integers the model needs, as tensors. Of a request only `id`,
+`num_kv`, `tier` and its tokens are read. Running short of blocks here is a scheduler bug, hence asserts.
+Knows nothing of text, policy or model maths. Glossary of symbols: model.py.
+"""
+import mmap
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+STAGE_BYTES = 64 << 20  # pinned staging buffer for swaps on CUDA: large enough for full PCIe speed, quick to pin
+
+
+@dataclass
+class Inputs:
+    """One sub-batch as tensors. Rows are [prefill (CPU-bound prompts first) | GPU decode | CPU decode].
+
+    Set by KVCache.bind; the working tensors at the end by the model, layer by layer.
+    """
+    index: int                  # 0 or 1: which of the two sub-batches
+    tokens: torch.Tensor        # [N] int64, device
+    positions: torch.Tensor     # [N] int64, device
+    last: torch.Tensor          # [S] int64, device: the rows that get sampled, one per request, in row order
+    prefill_lens: list          # rows of each prompt
+    num_stored: int             # the first rows, prompts bound for the CPU tier
+    num_prefill: int            # all prompt rows
+    num_gpu: int                # GPU decode rows
+    num_cpu: int                # CPU decode rows, the last ones
+    gpu_slots: torch.Tensor     # [rows of the GPU tier] int64, device: block * bs + offset
+    gpu_table: torch.Tensor     # [num_gpu, blocks] int32, device
+    gpu_lens: torch.Tensor      # [num_gpu] int32, device, new token included
+    cpu_slots: np.ndarray       # [num_stored + num_cpu] int64
+    cpu_table: np.ndarray       # [num_cpu, blocks] int32
+    cpu_lens: np.ndarray        # [num_cpu] int32, new token included
+    x: torch.Tensor = None      # [N, E] hidden state
+    q: torch.Tensor = None      # [N, H, D]
+    k: torch.Tensor = None      # [N, Hkv, D]
+    v: torch.Tensor = None      # [N, Hkv, D]
+    o: torch.Tensor = None      # [N, H, D] attention output
+    rope: tuple = None          # cos, sin [N, 1, D/2] of the rows' positions
+    logits: torch.Tensor = None  # [S, V] float32, after the last layer
+
+    @property
+    def host_rows(self):
+        """Rows whose k and v go to host memory."""
+        return self.num_stored + self.num_cpu
+
+
+@dataclass
+class Sequence:
+    row: int                    # its row of the block table
+    tier: str                   # "gpu" or "cpu"
+    blocks: list = field(default_factory=list)
+
+
+class Tier:
+    """One pool of blocks and its K and V: [L, num_blocks, Hkv, bs, D]."""
+
+    def __init__(self, num_blocks, shape, dtype, device):
+        self.num_blocks = num_blocks
+        self.free = list(range(num_blocks - 1, -1, -1))  # a stack: a block just freed is warm, and taken first
+        L, *block = shape
+        self.k, self.v = (_empty((L, num_blocks, *block), dtype, device) for _ in "kv")
+
+    def take(self, n):
+        assert n <= len(self.free), f"scheduler bug: {n} blocks wanted, {len(self.free)} of {self.num_blocks} free"
+        return [self.free.pop() for _ in range(n)]
+
+
+def _empty(shape, dtype, device):
+    """Zeros. On the host: memory from mmap on huge pages where the system grants them, not touched before its use."""
+    numel = int(np.prod(shape))
+    if device.type != "cpu" or numel == 0:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, numel * dtype.itemsize)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def to_numpy(t):
+    """A CPU tensor as NumPy, no copy; bf16 and fp16 as their uint16 bits (NumPy knows no bf16)."""
+    return (t.view(torch.uint16) if t.element_size() == 2 else t).numpy()
+
+
+class KVCache:
+    """Blocks, tables and tensors of both tiers.
+
+    geometry  (n_layer, n_kv_head, head_dim)
+    """
+
+    def __init__(self, geometry, block_size, num_gpu_blocks, num_cpu_blocks, max_len, dtype, device):
+        L, Hkv, D = geometry
+        shape = (L, Hkv, block_size, D)
+        self.block_size, self.device = block_size, device
+        self.gpu = Tier(num_gpu_blocks, shape, dtype, device)
+        self.cpu = Tier(num_cpu_blocks, shape, dtype, torch.device("cpu"))
+        self.cpu_k, self.cpu_v = to_numpy(self.cpu.k), to_numpy(self.cpu.v)  # the views Numba reads
+        self.block_bytes = 2 * L * Hkv * block_size * D * dtype.itemsize
+        self.sequences = {}                                                  # request id -> Sequence
+        self.table = np.zeros((16, -(-max_len // block_size)), np.int32)     # a row per resident request
+        self.free_rows = list(range(15, -1, -1))
+        self.stage = None
+
+    def reserve(self, request_id, tier, num_tokens):
+        """Make the request's blocks, in `tier`, hold num_tokens."""
+        seq = self.sequences.get(request_id)
+        if seq is None:
+            seq = self.sequences[request_id] = Sequence(self._new_row(), tier)
+        assert seq.tier == tier, f"request {request_id} lies in the {seq.tier} tier, asked for in {tier}"
+        have = len(seq.blocks)
+        need = -(-num_tokens // self.block_size) - have
+        if need > 0:
+            seq.blocks += getattr(self, tier).take(need)
+            self.table[seq.row, have:have + need] = seq.blocks[have:]
+
+    def release(self, request_id):
+        """Free a request's blocks, if it has any."""
+        seq = self.sequences.pop(request_id, None)
+        if seq:
+            getattr(self, seq.tier).free += seq.blocks[::-1]
+            self.table[seq.row] = 0             # a padded table must name blocks that exist in either tier
+            self.free_rows.append(seq.row)
+
+    def swap(self, request_ids, tier):
+        """Move requests to `tier`, copying their blocks in one go. Returns the number of blocks moved."""
+        src_ids, dst_ids = [], []
+        src, dst = (self.cpu, self.gpu) if tier == "gpu" else (self.gpu, self.cpu)
+        for request_id in request_ids:
+            seq = self.sequences[request_id]
+            assert seq.tier != tier, f"request {request_id} is in the {tier} tier already"
+            new = dst.take(len(seq.blocks))
+            src_ids += seq.blocks
+            dst_ids += new
+            src.free += seq.blocks[::-1]
+            seq.blocks, seq.tier = new, tier
+            self.table[seq.row, :len(new)] = new
+        for a, b in ((src.k, dst.k), (src.v, dst.v)):
+            self._copy(a, torch.tensor(src_ids), b, torch.tensor(dst_ids))
+        return len(src_ids)
+
+    def _copy(self, src, src_ids, dst, dst_ids):
+        if src.device == dst.device:
+            dst[:, dst_ids] = src[:, src_ids]
+            return
+        if self.stage is None:
+            self.stage = torch.empty(max(STAGE_BYTES, src[:, 0].nbytes), dtype=torch.uint8, pin_memory=True)
+        step = self.stage.nbytes // src[:, 0].nbytes                         # blocks per trip through the buffer
+        for i in range(0, len(src_ids), step):
+            s, d = src_ids[i:i + step].to(src.device), dst_ids[i:i + step].to(dst.device)
+            stage = self.stage[:len(s) * src[:, 0].nbytes].view(src.dtype).view(src.shape[0], len(s), *src.shape[2:])
+            if src.device.type == "cuda":
+                stage.copy_(src.index_select(1, s))
+                dst.index_copy_(1, d, stage)
+            else:
+                torch.index_select(src, 1, s, out=stage)
+                dst.index_copy_(1, d, stage.to(dst.device))
+
+    def bind(self, batch, index=0):
+        """Reserve the slots of a scheduler.Batch and return its Inputs. Every request: `num_kv` tokens are in the
+        cache, the rest of its tokens (all of a prompt, one of a decode) are this iteration's rows."""
+        bs, dev = self.block_size, self.device
+        requests = batch.prefill + batch.gpu + batch.cpu
+        prefill_lens = [r.num_tokens for r in batch.prefill]
+        num_prefill = sum(prefill_lens)
+        tokens = [t for r in batch.prefill for t in r.tokens()] + [r.last_token for r in batch.gpu + batch.cpu]
+        for r in requests:
+            self.reserve(r.id, r.tier, r.num_tokens)
+        rows = np.array([self.sequences[r.id].row for r in requests], np.int64)
+        starts = np.array([r.num_kv for r in requests], np.int64)
+        counts = np.array(prefill_lens + [1] * (len(requests) - len(prefill_lens)), np.int64)
+        ends = counts.cumsum()                                               # rows of request j: ends[j] - counts[j] ..
+        owner = np.repeat(np.arange(len(requests)), counts)                  # [N] which request a row belongs to
+        positions = np.arange(len(owner)) - (ends - counts)[owner] + starts[owner]
+        slots = self.table[rows[owner], positions // bs].astype(np.int64) * bs + positions % bs
+        lens = (starts + counts).astype(np.int32)
+
+        n_stored = sum(r.tier == "cpu" for r in batch.prefill)
+        assert all(r.tier == "cpu" for r in batch.prefill[:n_stored]), "prompts bound for the CPU tier come first"
+        stored, n_gpu, n_cpu = sum(prefill_lens[:n_stored]), len(batch.gpu), len(batch.cpu)
+        gpu_rows = slice(len(batch.prefill), len(batch.prefill) + n_gpu)
+        cpu_rows = slice(len(requests) - n_cpu, None)
+
+        def table(which):
+            width = -(-int(lens[which].max(initial=0)) // bs)
+            return self.table[rows[which], :width]
+
+        def device(x):
+            return torch.from_numpy(np.ascontiguousarray(x)).to(dev, non_blocking=True)
+        return Inputs(
+            index, device(np.array(tokens, np.int64)), device(positions), device(ends - 1), prefill_lens, stored,
+            num_prefill, n_gpu, n_cpu, device(slots[stored:len(slots) - n_cpu]), device(table(gpu_rows)),
+            device(lens[gpu_rows]), np.concatenate([slots[:stored], slots[len(slots) - n_cpu:]]), table(cpu_rows),
+            lens[cpu_rows])
+
+    def _new_row(self):
+        if not self.free_rows:
+            n = len(self.table)
+            self.table = np.concatenate([self.table, np.zeros_like(self.table)])
+            self.free_rows = list(range(2 * n - 1, n - 1, -1))
+        return self.free_rows.pop()
+
+    def check(self):
+        """Assert that every block of both tiers is either free or owned by exactly one sequence."""
+        for name in ("gpu", "cpu"):
+            tier = getattr(self, name)
+            owned = [b for s in self.sequences.values() if s.tier == name for b in s.blocks]
+            assert sorted(owned + tier.free) == list(range(tier.num_blocks)), f"{name} tier: a block leaked or is shared"
+        rows = [s.row for s in self.sequences.values()]
+        assert sorted(rows + self.free_rows) == list(range(len(self.table))), "a row of the block table leaked"
+        for s in self.sequences.values():
+            assert self.table[s.row, :len(s.blocks)].tolist() == s.blocks, "block table and blocks differ"

@@ -1,0 +1,674 @@
+"""NEO: online LLM inference with part of the KV cache, and its decode attention, on the CPU (arXiv 2411.01142).
+
+    from neo import LLM, SamplingParams
+    llm = LLM("tiny")                                       # a preset with random weights, or a checkpoint folder
+    print(llm.generate([[1, 2, 3]], SamplingParams(max_tokens=8))[0].token_ids)
+
+    python neo.py --model PATH --prompt "The capital of France is"
+
+The one loop is `LLM.step`: plan, forward, sample, commit. Knows no kernels, no blocks, not how a plan is made.
+"""
+import argparse
+import hashlib
+import json
+import os
+import random
+import statistics
+import sys
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from kvcache import KVCache
+from model import DTYPES, Model, load_config
+from perfmodel import Prediction, Profile, load_profile, save_profile
+from scheduler import STRATEGIES, Batch, Request, Scheduler
+
+GIB = 1 << 30
+BLOCK_SIZE = 16                # tokens per block, the paper's
+MAX_MODEL_LEN = 8192           # cap of the default; longer only if asked for
+MAX_BATCH_TOKENS = 2048        # default prompt tokens per iteration, at least max_model_len
+EMULATED_GPU_TOKENS = 2048     # default KV budget of the emulated GPU: small, as the point is a GPU short of memory
+CUDA_SHARE = 0.9               # of free GPU memory, by default
+PROFILE_VERSION = 1            # of the measured profile: change it when what is measured changes
+PROFILE_DIR = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "neo"
+
+
+@dataclass
+class SamplingParams:
+    """How to continue one prompt. Raises ValueError on values out of range."""
+    max_tokens: int = 16
+    temperature: float = 0.0       # 0: greedy
+    top_p: float = 1.0             # keep the likeliest tokens up to this probability
+    top_k: int = 0                 # keep so many of the likeliest tokens; 0: all
+    seed: int = None               # of this request; None: drawn from the engine's seed and the request's number
+    ignore_eos: bool = False       # always produce max_tokens
+    stop: list = None              # strings that end the text (a str, or a list), themselves left out of it
+
+    def __post_init__(self):
+        self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+        for name, ok, need in (("max_tokens", self.max_tokens >= 1, "1 or more"),
+                               ("temperature", self.temperature >= 0, "0 or more"),
+                               ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
+                               ("top_k", self.top_k >= 0, "0 or more"),
+                               ("stop", all(self.stop), "strings that are not empty")):
+            if not ok:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: must be {need}")
+
+
+@dataclass
+class RequestOutput:
+    """A request as its user sees it; grows with every token."""
+    request_id: object
+    prompt_token_ids: list
+    params: SamplingParams
+    token_ids: list                # grows; an end-of-text id that ended the request is its last
+    text: str = ""                 # grows, whole characters only; empty without a tokenizer
+    finish_reason: str = None      # "stop", "length" or "abort" once finished
+    rng: random.Random = field(default=None, repr=False)        # its own, if it samples
+    decoder: object = field(default=None, repr=False)           # tokens -> text, if there is a tokenizer
+
+
+# --------------------------------------------------------------------------------------------------------- tokenizer
+
+class Tokenizer:
+    """`tokenizer.model` through sentencepiece, or `tokenizer.json` through the optional package tokenizers."""
+
+    def __init__(self, path):
+        self.sp = self.hf = None
+        if (path / "tokenizer.json").is_file():
+            try:
+                import tokenizers
+                self.hf = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+                return
+            except ImportError:
+                if not (path / "tokenizer.model").is_file():
+                    raise ValueError(f"{path}/tokenizer.json needs the package tokenizers: pip install tokenizers (or "
+                                     "give prompts as token ids)") from None
+        import sentencepiece
+        try:
+            self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"{path}/tokenizer.model is not a sentencepiece model ({error})") from None
+
+    def encode(self, text):
+        """Text -> token ids, with the begin-of-text id the model was trained with."""
+        return self.hf.encode(text).ids if self.hf else self.sp.encode(text, add_bos=True)
+
+    def decode(self, ids):
+        return self.hf.decode(ids) if self.hf else self.sp.decode(ids)
+
+
+def load_tokenizer(model):
+    """The tokenizer beside a checkpoint, or None."""
+    path = Path(model)
+    return Tokenizer(path) if any((path / f).is_file() for f in ("tokenizer.json", "tokenizer.model")) else None
+
+
+class StreamDecoder:
+    """Token ids -> text, piece by piece. Decodes the tail twice, without and with the new tokens, and hands out the
+    difference once it ends in a whole character; the tail starts where text was last handed out."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.start, self.shown = tokenizer, 0, 0
+
+    def __call__(self, ids, last=False):
+        old = self.tokenizer.decode(ids[self.start:self.shown])
+        new = self.tokenizer.decode(ids[self.start:])
+        if len(new) <= len(old) or (new.endswith("\ufffd") and not last):
+            return ""
+        self.start, self.shown = self.shown, len(ids)
+        return new[len(old):]
+
+
+# ---------------------------------------------------------------------------------------------------- what fits where
+
+def host_memory():
+    """Bytes of host memory that are free to use."""
+    try:
+        with open("/proc/meminfo") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def resolve_device(device):
+    if device not in ("auto", "cuda", "cpu"):
+        raise ValueError(f"device {device!r}: must be auto, cuda or cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda', but torch sees no CUDA GPU: use --device cpu, which plays the GPU with a thread")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def resolve_dtype(dtype, cfg, device):
+    """auto: the checkpoint's on CUDA, as far as the GPU has it; on a CPU bf16 where instructions make it fast."""
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"dtype {dtype!r}: must be auto, {', '.join(DTYPES)}")
+    if dtype != "auto":
+        return DTYPES[dtype]
+    if device.type == "cuda":
+        no_bf16 = torch.cuda.get_device_capability()[0] < 8
+        return torch.float16 if cfg.dtype == "bf16" and no_bf16 else DTYPES[cfg.dtype]
+    return torch.bfloat16 if cpu_has_bf16() else torch.float32
+
+
+def cpu_has_bf16():
+    """Does this CPU multiply bf16 matrices faster than float32 ones?"""
+    from llvmlite import binding
+    features = binding.get_host_cpu_features()
+    return any(features.get(f) for f in ("avx512bf16", "amx-bf16", "bf16"))
+
+
+def fmt_gib(n):
+    return f"{n / GIB:.2f} GiB"
+
+
+# --------------------------------------------------------------------------------------------------------- the engine
+
+class LLM:
+    """The engine.
+
+    model             preset with random weights (tiny, llama-160m, -1b, -7b, -8b, -13b, -70b) or a checkpoint folder
+    strategy          gpu-only, serial, symmetric, neo, or one of your own
+    device            auto, cuda, cpu (a worker thread plays the GPU)
+    dtype             auto, bf16, fp16, fp32
+    gpu_mem, cpu_mem  GiB. gpu_mem is the whole GPU (weights and activations included); cpu_mem the CPU tier of the KV
+    gpu_blocks        KV blocks of the GPU tier; overrides gpu_mem
+    block_size        tokens per block; default 16
+    max_model_len     longest prompt + output, in tokens; default what model and cache allow, at most 8192
+    max_batch_tokens  prompt tokens per iteration; default 2048, or max_model_len if that is more
+    gpu_threads       cores of the emulated GPU;  cpu_threads  cores for CPU attention
+    simulate          reserved for simulated testbeds; not built yet
+    seed              of random weights and of requests that bring none
+
+    Raises ValueError, before anything is loaded, on what does not exist or does not fit.
+    """
+
+    def __init__(self, model, strategy="neo", device="auto", dtype="auto", gpu_mem=None, gpu_blocks=None, cpu_mem=None,
+                 block_size=None, max_model_len=None, max_batch_tokens=None, gpu_threads=None, cpu_threads=None,
+                 simulate=None, seed=0):
+        if simulate:
+            raise ValueError("simulate: simulated testbeds are not built yet; leave it out")
+        self.name, self.seed = str(model), seed
+        self.cfg = cfg = load_config(self.name)
+        self.device = resolve_device(device)
+        self.dtype = resolve_dtype(dtype, cfg, self.device)
+        self.block_size = block_size or BLOCK_SIZE
+        self.verbose, self.on_iteration = False, None
+        self._threads(gpu_threads, cpu_threads)
+        self._budget(strategy, gpu_mem, gpu_blocks, cpu_mem, max_model_len, max_batch_tokens)
+        self.tokenizer = load_tokenizer(self.name)
+        started = time.perf_counter()
+        self.model = Model(self.name, cfg, self.dtype, self.device, self.max_model_len, self.gpu_threads,
+                           self.cpu_threads, seed=seed)
+        self.load_seconds = time.perf_counter() - started
+        self.kv = KVCache((cfg.n_layer, cfg.n_kv_head, cfg.head_dim), self.block_size, self.num_blocks["gpu"],
+                          self.num_blocks["cpu"], self.max_model_len, self.dtype, self.device)
+        self.perf_samples = self._profile() if self.num_blocks["cpu"] else None
+        self.reset(strategy)
+
+    def _threads(self, gpu_threads, cpu_threads):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        for name, n in (("gpu_threads", gpu_threads), ("cpu_threads", cpu_threads)):
+            if n is not None and not 1 <= n <= cores:
+                raise ValueError(f"{name} = {n}: must be 1..{cores}, the cores of this machine")
+        if self.device.type == "cuda":
+            self.gpu_threads, self.cpu_threads = 0, cpu_threads or cores
+            return
+        self.gpu_threads = gpu_threads or max(1, cores - cpu_threads if cpu_threads else cores // 2)
+        self.cpu_threads = cpu_threads or max(1, cores - self.gpu_threads)
+        if self.gpu_threads + self.cpu_threads > max(cores, 2):
+            warnings.warn(f"{self.gpu_threads} GPU + {self.cpu_threads} CPU threads on {cores} cores: they will slow "
+                          "each other down")
+
+    def _budget(self, strategy, gpu_mem, gpu_blocks, cpu_mem, max_model_len, max_batch_tokens):
+        """Blocks of both tiers and the length limits, checked against memory before anything is allocated."""
+        cfg, size, on_cuda = self.cfg, self.dtype.itemsize, self.device.type == "cuda"
+        if strategy not in STRATEGIES:
+            raise ValueError(f"unknown strategy {strategy!r}: choose one of {', '.join(STRATEGIES)}")
+        for name, value in (("gpu_mem", gpu_mem), ("gpu_blocks", gpu_blocks), ("block_size", self.block_size),
+                            ("max_model_len", max_model_len), ("max_batch_tokens", max_batch_tokens)):
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} = {value}: must be above 0")
+        if cpu_mem is not None and cpu_mem < 0:
+            raise ValueError(f"cpu_mem = {cpu_mem}: must be 0 or more GiB")
+        if max_model_len and max_model_len > cfg.max_position:
+            raise ValueError(f"max_model_len = {max_model_len}: the model knows {cfg.max_position} positions")
+
+        self.weight_bytes = cfg.num_params * size
+        self.block_bytes = 2 * cfg.n_layer * cfg.n_kv_head * self.block_size * cfg.head_dim * size
+        limit = max_model_len or min(cfg.max_position, max_batch_tokens or MAX_MODEL_LEN, MAX_MODEL_LEN)
+        self.max_batch_tokens = max_batch_tokens or max(MAX_BATCH_TOKENS, limit)
+        if self.max_batch_tokens < limit:
+            raise ValueError(f"max_batch_tokens = {self.max_batch_tokens} is below max_model_len = {limit}: a prompt is "
+                             "prefilled in one iteration, so raise the one or lower the other")
+        per_row = 3 * cfg.n_embd + 2 * (cfg.n_head + 2 * cfg.n_kv_head) * cfg.head_dim + 3 * cfg.n_ffn
+        self.activation_bytes = self.max_batch_tokens * per_row * size
+
+        host, weights = host_memory(), self.weight_bytes + self.activation_bytes
+        device = torch.cuda.mem_get_info()[0] if on_cuda else host
+        what = f"{self.name} in {str(self.dtype)[6:]}: {fmt_gib(self.weight_bytes)} of weights and " \
+               f"{fmt_gib(self.activation_bytes)} of activations ({self.max_batch_tokens} prompt tokens)"
+        if weights > device:
+            raise ValueError(f"{what} do not fit in the {fmt_gib(device)} free on this "
+                             f"{'GPU' if on_cuda else 'machine'}: take a smaller model or a lower --max-batch-tokens")
+        if gpu_blocks is None:
+            if gpu_mem is not None or on_cuda:
+                gpu_bytes = (CUDA_SHARE * device if gpu_mem is None else gpu_mem * GIB) - weights
+                gpu_blocks = int(gpu_bytes // self.block_bytes)
+                if gpu_blocks < 1:
+                    raise ValueError(f"{what} leave no KV block of {fmt_gib(self.block_bytes)} in a GPU memory of "
+                                     f"{fmt_gib(gpu_bytes + weights)}: raise --gpu-mem")
+            else:
+                gpu_blocks = -(-min(EMULATED_GPU_TOKENS, 2 * limit) // self.block_size)
+        host_left = host - (0 if on_cuda else weights + gpu_blocks * self.block_bytes)
+        cpu_bytes = max(0, host_left // 2 if on_cuda else min(4 * GIB, host_left // 2))
+        if cpu_mem is not None:
+            cpu_bytes = int(cpu_mem * GIB)
+        cpu_blocks = cpu_bytes // self.block_bytes
+        for tier, need, free in (("GPU", gpu_blocks * self.block_bytes, device - weights),
+                                 ("CPU", cpu_blocks * self.block_bytes, max(host_left, 0))):
+            if need > free:
+                raise ValueError(f"a {tier} tier of {fmt_gib(need)} does not fit in the {fmt_gib(max(free, 0))} that are "
+                                 f"free beside {what}: lower --{tier.lower()}-mem"
+                                 f"{' or --gpu-blocks' if tier == 'GPU' else ''}")
+        self.num_blocks = {"gpu": gpu_blocks, "cpu": cpu_blocks}
+        held = max(self.num_blocks[t] for t in STRATEGIES[strategy].tiers) * self.block_size
+        if held < 2 or (max_model_len and max_model_len > held):
+            raise ValueError(f"max_model_len = {max_model_len or 2} tokens, but the KV budget of {strategy} holds {held} "
+                             "(its larger tier): raise --gpu-mem, --gpu-blocks or --cpu-mem, or lower --max-model-len")
+        self.max_model_len = limit
+
+    def _profile(self):
+        """Samples of the performance model: from the cache if measured under the same key, else measured now."""
+        cfg = self.cfg
+        device = torch.cuda.get_device_name() if self.device.type == "cuda" else _cpu_name()
+        key = dict(version=PROFILE_VERSION, device=device, torch=torch.__version__, dtype=str(self.dtype),
+                   gpu_threads=self.gpu_threads, cpu_threads=self.cpu_threads, block_size=self.block_size,
+                   geometry=[cfg.n_layer, cfg.n_head, cfg.n_kv_head, cfg.head_dim, cfg.n_embd, cfg.n_ffn,
+                             cfg.vocab_size],
+                   blocks=self.num_blocks, max_batch_tokens=self.max_batch_tokens)
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        path = PROFILE_DIR / f"profile-{digest}.json"
+        samples = load_profile(path, key)
+        if samples is None:
+            samples = measure_profile(self)
+            save_profile(path, key, samples)
+        return samples
+
+    def reset(self, strategy):
+        """Start over under a strategy: nothing queued, statistics at zero; model, cache and profile are kept.
+        Raises ValueError on an unknown strategy and RuntimeError while requests are in flight."""
+        if getattr(self, "outputs", None):
+            raise RuntimeError(f"{len(self.outputs)} requests are in flight: finish or abort them first")
+        cfg = self.cfg
+        token_bytes = 2 * cfg.n_kv_head * cfg.head_dim * self.dtype.itemsize
+        self.perf = self.perf_samples and Profile(self.perf_samples, cfg.n_layer, token_bytes)
+        if strategy == "neo" and self.perf is None:
+            raise ValueError("strategy neo needs a CPU tier: give --cpu-mem above 0, or use gpu-only")
+        self.scheduler = Scheduler(strategy, self.num_blocks, self.block_size, self.max_model_len,
+                                   self.max_batch_tokens, self.perf)
+        self.strategy, self.outputs, self.requests, self.count = strategy, {}, {}, 0
+        self.time = dict.fromkeys(("wall", "model", "gpu_busy", "cpu_busy"), 0.0)
+        self.swapped_blocks, self.errors = 0, []
+
+    # ---- requests in, tokens out
+
+    def add_request(self, prompt, params=None, request_id=None):
+        """Queue one prompt (str, or list of token ids) and return its id. Raises ValueError if it can never be served;
+        requests in flight are not touched."""
+        params = params or SamplingParams()
+        ids, request = self._request(prompt, params, request_id)
+        self.scheduler.add(request)
+        self.count += 1
+        out = self.outputs[request.id] = RequestOutput(request.id, ids, params, request.output)
+        self.requests[request.id] = request
+        if params.temperature:
+            out.rng = random.Random(f"{self.seed}/{self.count}" if params.seed is None else str(params.seed))
+        if self.tokenizer:
+            out.decoder = StreamDecoder(self.tokenizer)
+        return request.id
+
+    def _request(self, prompt, params, request_id=None):
+        """Check a prompt; (token ids, Request)."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError(f"{self.name} comes without a tokenizer: give the prompt as token ids")
+            if not prompt:
+                raise ValueError("the prompt is empty: give at least one character")
+            prompt = self.tokenizer.encode(prompt)
+        ids = [int(t) for t in prompt]
+        if not ids:
+            raise ValueError("the prompt is empty: give at least one token id")
+        bad = next((t for t in ids if not 0 <= t < self.cfg.vocab_size), None)
+        if bad is not None:
+            raise ValueError(f"token id {bad} is outside the vocabulary 0..{self.cfg.vocab_size - 1}")
+        if params.stop and not self.tokenizer:
+            raise ValueError(f"stop strings need text, and {self.name} comes without a tokenizer")
+        limit = self.scheduler.max_len
+        if len(ids) >= limit:
+            raise ValueError(f"prompt of {len(ids)} tokens leaves no room for output within {limit} (max_model_len, or "
+                             "the larger KV tier): shorten it, or raise --max-model-len or the KV budget")
+        request_id = self.count if request_id is None else request_id
+        if request_id in self.outputs:
+            raise ValueError(f"request id {request_id!r} is in flight already")
+        return ids, Request(request_id, ids, min(params.max_tokens, limit - len(ids)),
+                            frozenset() if params.ignore_eos else frozenset(self.cfg.eos_ids), params.ignore_eos)
+
+    def abort(self, request_id):
+        """Drop a request and free what it holds. Returns its output, or None if it is not in flight."""
+        out = self.outputs.get(request_id)
+        if out:
+            self.scheduler.finish(self.requests[request_id], "abort")
+            self._close(out)
+        return out
+
+    def step(self):
+        """One iteration: plan, forward, sample, commit. Returns the outputs that got a token; [] when idle.
+
+        If anything raises, the requests of this iteration are aborted (the rest go on) and it is raised again.
+        """
+        if not self.outputs:
+            return []
+        t0 = time.perf_counter()
+        plan = self.scheduler.plan()
+        try:
+            for r in plan.preempted:
+                self.kv.release(r.id)
+            for requests, tier in ((plan.swap_out, "cpu"), (plan.swap_in, "gpu")):
+                if requests:
+                    self.swapped_blocks += self.kv.swap([r.id for r in requests], tier)
+            inputs = [self.kv.bind(b, i) for i, b in enumerate(plan.batches)]
+            t1 = time.perf_counter()
+            self.model.run(inputs, self.kv)
+            t2 = time.perf_counter()
+            outs = [self.outputs[r.id] for r in plan.requests]
+            tokens = sample(torch.cat([b.logits for b in inputs]), outs)
+            self.scheduler.commit(plan, tokens)
+            for out in outs:
+                self._grow(out)
+        except BaseException:
+            for r in {id(r): r for r in plan.requests + plan.swap_in + plan.swap_out}.values():
+                self.abort(r.id)
+            raise
+        self._measure(plan, t0, t1, t2, time.perf_counter())
+        return outs
+
+    def _grow(self, out):
+        """After a new token: text, stop strings, the end."""
+        request = self.requests[out.request_id]
+        reason, stops = request.finish_reason, out.params.stop
+        if out.decoder:
+            ended = reason == "stop"                     # an end-of-text id is no text
+            new = out.decoder(out.token_ids[:-1] if ended else out.token_ids, last=reason is not None)
+            seen = max(0, len(out.text) - max(map(len, stops), default=0))
+            out.text += new
+            hits = [at for at in (out.text.find(s, seen) for s in stops) if at >= 0]
+            if hits:
+                out.text = out.text[:min(hits)]
+                if reason is None:
+                    self.scheduler.finish(request, "stop")
+                reason = "stop"
+        if reason:
+            request.finish_reason = reason
+            self._close(out)
+
+    def _close(self, out):
+        request = self.requests.pop(out.request_id)
+        out.finish_reason = request.finish_reason
+        self.kv.release(out.request_id)
+        del self.outputs[out.request_id]
+
+    def _measure(self, plan, t0, t1, t2, t3):
+        records = self.model.records
+        busy = {lane: sum(r[5] - r[4] for r in records if r[0] == lane) for lane in ("gpu", "cpu")}
+        self.time["wall"] += t3 - t0
+        self.time["model"] += t2 - t1
+        self.time["gpu_busy"] += busy["gpu"]
+        self.time["cpu_busy"] += busy["cpu"]
+        measured = Prediction(1e3 * (t3 - t0), 1e3 * busy["gpu"], 1e3 * busy["cpu"])
+        if plan.predicted:
+            self.errors.append(abs(plan.predicted.total / measured.total - 1))
+            self.perf.observe(plan.predicted, measured)
+        if self.verbose:
+            rows = " | ".join(f"prefill {sum(r.num_kv for r in b.prefill):5d} gpu {len(b.gpu):3d} cpu {len(b.cpu):3d}"
+                              for b in plan.batches)
+            print(f"iteration {self.scheduler.iteration:5d}  {rows}  waiting {len(self.scheduler.waiting):3d}  "
+                  f"predicted {plan.predicted.total if plan.predicted else float('nan'):8.1f} ms  "
+                  f"measured {measured.total:8.1f} ms", file=sys.stderr)
+        if self.on_iteration:
+            self.on_iteration(records, t0, t3)
+
+    def generate(self, prompts, params=None):
+        """Continue every prompt; outputs in the order of the prompts.
+
+        prompts  list of str or of lists of token ids;  params  one SamplingParams for all, or a list of them
+
+        Raises ValueError, naming the prompt, before any work is done. If interrupted, frees what it added.
+        """
+        if isinstance(prompts, str):
+            raise ValueError("prompts must be a list: wrap the string in [ ]")
+        params = params if isinstance(params, list) else [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts, but {len(params)} SamplingParams")
+        for i, (prompt, p) in enumerate(zip(prompts, params)):
+            try:
+                self._request(prompt, p)
+            except ValueError as error:
+                raise ValueError(f"prompt {i}: {error}") from None
+        outs = [self.outputs[self.add_request(prompt, p)] for prompt, p in zip(prompts, params)]
+        try:
+            with tqdm(total=len(outs), desc="generate", unit="req", disable=None, leave=False) as bar:
+                while any(out.finish_reason is None for out in outs):
+                    self.step()
+                    bar.update(sum(out.finish_reason is not None for out in outs) - bar.n)
+        finally:
+            for out in outs:
+                if out.finish_reason is None:
+                    self.abort(out.request_id)
+        return outs
+
+    # ---- what it is and what it did
+
+    @property
+    def kv_budget(self):
+        """Tokens of each tier that the strategy may use: {"gpu": n, "cpu": n}."""
+        return {tier: n * self.block_size for tier, n in self.scheduler.num_blocks.items()}
+
+    def stats(self):
+        """Counters since the last reset, times in seconds, and the present state of both tiers in blocks."""
+        s, t = self.scheduler, self.time
+        return {**{k: s.stats[k] for k in ("iterations", "pipelined_iterations", "preemptions", "prefill_tokens",
+                                           "cpu_prefills", "gpu_decode_tokens", "cpu_decode_tokens")},
+                "swapped_blocks": self.swapped_blocks,
+                "mean_batch_size": s.stats["rows"] / max(s.stats["iterations"], 1),
+                "waiting": len(s.waiting), "running_gpu": len(s.running["gpu"]), "running_cpu": len(s.running["cpu"]),
+                "gpu_blocks": s.num_blocks["gpu"], "gpu_blocks_free": s.free["gpu"],
+                "cpu_blocks": s.num_blocks["cpu"], "cpu_blocks_free": s.free["cpu"],
+                "wall_s": t["wall"], "gpu_busy_s": t["gpu_busy"], "cpu_busy_s": t["cpu_busy"],
+                "outside_model_share": 1 - t["model"] / t["wall"] if t["wall"] else 0.0,
+                "prediction_error": statistics.median(self.errors) if self.errors else None}
+
+    def describe(self):
+        """What was chosen, a line each."""
+        cfg, cpu = self.cfg, self.device.type == "cpu"
+        device = f"CPU ({_cpu_name()}); a thread plays the GPU: an emulation, not a GPU's figures" if cpu \
+            else torch.cuda.get_device_name()
+        threads = f"{self.gpu_threads} as the GPU, " if cpu else ""
+        kind = "random weights" if self.model.random_weights else "checkpoint"
+        tiers = ", ".join(f"{t.upper()} {n * self.block_size} tokens ({fmt_gib(n * self.block_bytes)})"
+                          for t, n in self.num_blocks.items())
+        return "\n".join((
+            f"device     {device}",
+            f"model      {self.name}: {cfg.num_params / 1e9:.2f} B parameters, {cfg.n_layer} layers, {cfg.n_head}/"
+            f"{cfg.n_kv_head} heads of {cfg.head_dim}; {str(self.dtype)[6:]}, {fmt_gib(self.weight_bytes)} of {kind}, "
+            f"ready in {self.load_seconds:.1f} s",
+            f"threads    {threads}{self.cpu_threads} for CPU attention",
+            f"attention  GPU tier: {type(self.model.attn).__name__}, CPU tier: Numba",
+            f"KV budget  {tiers}; blocks of {self.block_size}",
+            f"limits     {self.max_model_len} tokens per request, {self.max_batch_tokens} prompt tokens per iteration"))
+
+
+def _cpu_name():
+    try:
+        with open("/proc/cpuinfo") as f:
+            return next(line.split(":")[1].strip() for line in f if line.startswith("model name"))
+    except (OSError, StopIteration):
+        import platform
+        return platform.processor() or platform.machine()
+
+
+def sample(logits, outs):
+    """logits [S, V] float32, one row per output -> S token ids. Greedy rows take the largest; the others draw one
+    uniform number from their own generator and invert the (truncated) distribution with it."""
+    tokens = logits.argmax(-1).tolist()
+    rows = [i for i, out in enumerate(outs) if out.params.temperature]
+    if not rows:
+        return tokens
+    column = lambda values: torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
+    params = [outs[i].params for i in rows]
+    x, order = (logits[rows] / column([p.temperature for p in params])).sort(descending=True)     # [R, V] likeliest first
+    probs = x.softmax(-1)
+    rank = torch.arange(x.shape[1], device=x.device)
+    before = probs.cumsum(-1) - probs                                                            # mass of likelier ones
+    keep = (rank < column([p.top_k or x.shape[1] for p in params])) & (before < column([p.top_p for p in params]))
+    mass = (probs * keep).cumsum(-1)
+    u = column([outs[i].rng.random() for i in rows]) * mass[:, -1:]
+    pick = (mass <= u).sum(-1, keepdim=True).clamp(max=keep.sum(-1, keepdim=True) - 1)
+    for i, token in zip(rows, order.gather(1, pick)[:, 0].tolist()):
+        tokens[i] = token
+    return tokens
+
+
+def measure_profile(llm, seconds=20.0):
+    """Time one layer's parts on made-up batches through the very code that serves, and return perfmodel.Profile's
+    samples. Layers are taken in turn, as many as outgrow the caches; each point is a median."""
+    model, kv, cfg, bs = llm.model, llm.kv, llm.cfg, llm.block_size
+    layer_bytes = (cfg.num_params - 2 * cfg.vocab_size * cfg.n_embd) * llm.dtype.itemsize / cfg.n_layer
+    depth = int(min(cfg.n_layer, max(3, -(-256e6 // layer_bytes))))
+    samples = {k: [] for k in ("linear", "head", "prefill", "gpu_decode", "cpu_decode", "transfer")}
+    stop = time.perf_counter() + seconds
+
+    def fake(n, tier, decode):
+        r = Request(f"profile-{len(kv.sequences)}", [0] * n, 1, tier=tier, num_kv=n - 1 if decode else 0)
+        if decode:
+            r.prompt, r.output = [0] * (n - 1), [0]
+            kv.reserve(r.id, tier, n)
+        return r
+
+    def timed(batch, repeats=3):
+        """Median ms per layer of each stage, and of the head."""
+        times = {"linear": [], "attend": [], "cpu_attend": [], "head": []}
+        try:
+            for i in range(repeats + 1):                         # the first is warm-up
+                model.run([kv.bind(batch)], kv, depth)
+                if not i:
+                    continue
+                ends = []
+                for _, stage, layer, _, start, end in model.records:
+                    outer = stage == "linear" and layer in (0, cfg.n_layer)
+                    (ends if outer else times[stage]).append(1e3 * (end - start))
+                times["head"].append(sum(ends) - statistics.median(times["linear"]))
+        finally:
+            for r in batch.requests:
+                kv.release(r.id)
+        return {k: statistics.median(v) for k, v in times.items() if v}
+
+    sizes = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+             if n <= min(llm.max_batch_tokens, llm.max_model_len, kv.cpu.num_blocks * bs)]
+    bar = tqdm(total=2 * len(sizes) + 6, desc="profile of one layer", disable=None, leave=False)
+    for n in sizes:                                              # one prompt, stored to the CPU tier
+        t = timed(Batch([fake(n, "cpu", False)]))
+        samples["linear"].append([n, t["linear"]])
+        samples["prefill"].append([n, t["attend"]])
+        samples["transfer"].append([n * 2 * cfg.n_kv_head * cfg.head_dim * llm.dtype.itemsize, t["cpu_attend"]])
+        bar.update()
+        if time.perf_counter() > stop - seconds / 2:             # the last slope carries on from here
+            break
+    longest = min(llm.max_model_len, 1024)
+    for n in (1, 2, 4, 8, 16, 32, 64, 128, 256):                 # n decodes of equal length in the CPU tier
+        length = min(longest, kv.cpu.num_blocks // n * bs)
+        for share in (1, 4):
+            if length // share >= 2 and (time.perf_counter() < stop or n <= 2):
+                t = timed(Batch(cpu=[fake(length // share, "cpu", True) for _ in range(n)]))
+                samples["cpu_decode"].append([n, n * (length // share), t["cpu_attend"]])
+                samples["head"].append([n, max(t["head"], 0.0)])
+        bar.update()
+    for n in (1, 2, 4):                                          # GPU decodes filling 1/4, 1/2, all of the GPU tier
+        length = min(longest, kv.gpu.num_blocks * n // 4 * bs)
+        if length >= 2:
+            t = timed(Batch(gpu=[fake(length, "gpu", True)]))
+            samples["gpu_decode"].append([length, t["attend"]])
+        bar.update()
+    bar.close()
+    return samples
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+def add_engine_args(parser):
+    """The flags that neo.py and bench.py share: LLM's arguments."""
+    parser.add_argument("--device", default="auto", help="auto, cuda, cpu (a thread plays the GPU)")
+    parser.add_argument("--dtype", default="auto", help="auto, bf16, fp16, fp32")
+    parser.add_argument("--gpu-mem", type=float, metavar="GIB", help="memory of the GPU, weights included")
+    parser.add_argument("--gpu-blocks", type=int, metavar="N", help="KV blocks of the GPU tier; overrides --gpu-mem")
+    parser.add_argument("--cpu-mem", type=float, metavar="GIB", help="KV in host memory")
+    parser.add_argument("--block-size", type=int, metavar="N", help=f"tokens per block (default {BLOCK_SIZE})")
+    parser.add_argument("--max-model-len", type=int, metavar="N", help="longest prompt + output, in tokens")
+    parser.add_argument("--max-batch-tokens", type=int, metavar="N", help="prompt tokens per iteration")
+    parser.add_argument("--gpu-threads", type=int, metavar="N", help="cores that play the GPU")
+    parser.add_argument("--cpu-threads", type=int, metavar="N", help="cores for CPU attention")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+ENGINE_ARGS = ("device", "dtype", "gpu_mem", "gpu_blocks", "cpu_mem", "block_size", "max_model_len", "max_batch_tokens",
+               "gpu_threads", "cpu_threads", "seed")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Continue a prompt, printing the text as it comes.", allow_abbrev=False)
+    parser.add_argument("--model", required=True, help="checkpoint folder, or a preset (random weights)")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", help="text to continue")
+    what.add_argument("--token-ids", metavar="IDS", help="the prompt as numbers: \"1 15043 3186\"")
+    parser.add_argument("--strategy", default="neo", help=", ".join(STRATEGIES))
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--stop", action="append", help="end at this string; may be given several times")
+    parser.add_argument("--ignore-eos", action="store_true")
+    parser.add_argument("--verbose", action="store_true", help="one line per iteration: rows, predicted and measured ms")
+    add_engine_args(parser)
+    args = parser.parse_args(argv)
+    try:
+        prompt = [int(t) for t in args.token_ids.split()] if args.prompt is None else args.prompt
+        params = SamplingParams(args.max_tokens, args.temperature, args.top_p, args.top_k, args.seed,
+                                args.ignore_eos, args.stop)
+        llm = LLM(args.model, args.strategy, **{k: getattr(args, k) for k in ENGINE_ARGS})
+        out = llm.outputs[llm.add_request(prompt, params)]
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(llm.describe(), file=sys.stderr)
+    llm.verbose, shown, hold = args.verbose, 0, max(map(len, params.stop), default=1) - 1
+    try:
+        while out.finish_reason is None:
+            llm.step()
+            if llm.tokenizer is None:
+                print(out.token_ids[-1], end=" ", flush=True)
+            else:                                # the end of the text may yet turn out to begin a stop string
+                end = len(out.text) if out.finish_reason else max(shown, len(out.text) - hold)
+                print(out.text[shown:end], end="", flush=True)
+                shown = end
+    except KeyboardInterrupt:
+        pass
+    print(f"\n[{len(out.token_ids)} tokens, {out.finish_reason}]", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
