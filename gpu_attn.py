@@ -1,14 +1,17 @@
-"""Attention on the GPU tier. One signature, several back ends; this file holds the plain torch one, right on any device.
+"""Attention on the GPU tier. One signature, several back ends: plain torch, right on any device, and for a GPU that is
+played by CPU cores the paged kernel of cpu_attn.py, on the GPU's own threads.
 
     store(k, v, k_cache, v_cache, slots)                           new rows into the paged cache
     prefill(q, k, v, lens, scale, out)                             causal, a ragged batch of whole prompts
     decode(q, k_cache, v_cache, block_table, seq_lens, scale, out) one new row per sequence over its blocks
 
 A back end is a class with these three methods; model.py calls nothing else, so a faster one plugs in by its name in
-BACKENDS. Knows one layer and the GPU tier, nothing of schedulers or of the CPU tier. Glossary of symbols: model.py.
+BACKENDS, and is chosen in `choose`. Knows one layer and the GPU tier, nothing of schedulers or of the CPU tier. Glossary of symbols: model.py.
 """
 import torch
 import torch.nn.functional as F
+
+import cpu_attn
 
 
 class TorchAttention:
@@ -44,4 +47,20 @@ class TorchAttention:
         out.copy_(o[:, :, 0])
 
 
-BACKENDS = {"torch": TorchAttention}
+class NumbaAttention(TorchAttention):
+    """Decode through cpu_attn's paged kernel, which reads the KV once, where it lies. CPU device only."""
+
+    def decode(self, q, k_cache, v_cache, block_table, seq_lens, scale, out):
+        result = torch.empty(q.shape, dtype=torch.float32)
+        k, v = (t if t.dtype == torch.float32 else t.view(torch.uint16) for t in (k_cache, v_cache))
+        cpu_attn.paged_decode(q.float().numpy(), k.numpy(), v.numpy(), block_table.numpy(), seq_lens.numpy(),
+                              result.numpy(), scale, "bf16" if q.dtype == torch.bfloat16 else "fp16")
+        out.copy_(result)
+
+
+BACKENDS = {"torch": TorchAttention, "numba": NumbaAttention}
+
+
+def choose(device):
+    """The fastest back end for a torch device."""
+    return "numba" if device.type == "cpu" else "torch"

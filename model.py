@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import cpu_attn
-from gpu_attn import BACKENDS
+from gpu_attn import BACKENDS, choose
 from kvcache import to_numpy
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -152,8 +152,13 @@ class ThreadQueue:
     """A worker thread that plays the GPU: runs what is submitted, in order, on `threads` cores."""
 
     def __init__(self, threads):
-        self.pool = ThreadPoolExecutor(1, "gpu", initializer=torch.set_num_threads, initargs=(threads,))
+        self.pool = ThreadPoolExecutor(1, "gpu", initializer=self._start, initargs=(threads,))
         self.pending, self.records, self.failed = [], [], False
+
+    @staticmethod
+    def _start(threads):
+        cpu_attn.set_threads(threads)           # thread-local: CPU attention on the main thread has its own number
+        torch.set_num_threads(threads)
 
     def submit(self, fn, i, batch, *args):
         """Queue fn(i, batch, *args) and return at once with a handle for `wait`."""
@@ -255,10 +260,10 @@ class Model:
     Raises ValueError on a checkpoint with missing, extra or misshapen tensors, or unreadable files.
     """
 
-    def __init__(self, model, cfg, dtype, device, max_len, gpu_threads, cpu_threads, gpu_attn="torch", seed=0):
+    def __init__(self, model, cfg, dtype, device, max_len, gpu_threads, cpu_threads, gpu_attn="auto", seed=0):
         self.cfg, self.dtype, self.device, self.cpu_threads = cfg, dtype, device, cpu_threads
         self.gpu = CudaQueue() if device.type == "cuda" else ThreadQueue(gpu_threads)
-        self.attn = BACKENDS[gpu_attn]()
+        self.attn = BACKENDS[choose(device) if gpu_attn == "auto" else gpu_attn]()
         self.random_weights = model in PRESETS
         self.host = [HostBuffers(cfg, dtype, device.type == "cuda") for _ in range(2)]
         self.records = []                                      # of the last run: who worked on what, when

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import cpu_attn
 from kvcache import KVCache
 from model import DTYPES, Model, load_config
 from perfmodel import Prediction, Profile, load_profile, save_profile
@@ -222,6 +223,8 @@ class LLM:
             return
         self.gpu_threads = gpu_threads or max(1, cores - cpu_threads if cpu_threads else cores // 2)
         self.cpu_threads = cpu_threads or max(1, cores - self.gpu_threads)
+        cpu_attn.set_threads(self.cpu_threads)         # first: starting Numba's threads resets OpenMP's count
+        torch.set_num_threads(self.gpu_threads)        # of this thread, too: it samples while the GPU idles
         if self.gpu_threads + self.cpu_threads > max(cores, 2):
             warnings.warn(f"{self.gpu_threads} GPU + {self.cpu_threads} CPU threads on {cores} cores: they will slow "
                           "each other down")
@@ -350,7 +353,7 @@ class LLM:
             raise ValueError(f"token id {bad} is outside the vocabulary 0..{self.cfg.vocab_size - 1}")
         if params.stop and not self.tokenizer:
             raise ValueError(f"stop strings need text, and {self.name} comes without a tokenizer")
-        limit = self.scheduler.max_len
+        limit = self.max_request_len
         if len(ids) >= limit:
             raise ValueError(f"prompt of {len(ids)} tokens leaves no room for output within {limit} (max_model_len, or "
                              "the larger KV tier): shorten it, or raise --max-model-len or the KV budget")
@@ -388,7 +391,8 @@ class LLM:
             self.model.run(inputs, self.kv)
             t2 = time.perf_counter()
             outs = [self.outputs[r.id] for r in plan.requests]
-            tokens = sample(torch.cat([b.logits for b in inputs]), outs)
+            logits = inputs[0].logits if len(inputs) == 1 else torch.cat([b.logits for b in inputs])
+            tokens = sample(logits, outs)
             self.scheduler.commit(plan, tokens)
             for out in outs:
                 self._grow(out)
@@ -476,6 +480,11 @@ class LLM:
     # ---- what it is and what it did
 
     @property
+    def max_request_len(self):
+        """Longest prompt + output, in tokens, that the present strategy can serve."""
+        return self.scheduler.max_len
+
+    @property
     def kv_budget(self):
         """Tokens of each tier that the strategy may use: {"gpu": n, "cpu": n}."""
         return {tier: n * self.block_size for tier, n in self.scheduler.num_blocks.items()}
@@ -545,65 +554,71 @@ def sample(logits, outs):
     return tokens
 
 
-def measure_profile(llm, seconds=20.0):
-    """Time one layer's parts on made-up batches through the very code that serves, and return perfmodel.Profile's
-    samples. Layers are taken in turn, as many as outgrow the caches; each point is a median."""
+def measure_profile(llm, seconds=8.0):
+    """Time one layer's parts on made-up batches through the very code that serves: perfmodel.Profile's samples.
+    Layers are taken in turn, as many as outgrow the caches; points that would not fit in `seconds` are left out."""
     model, kv, cfg, bs = llm.model, llm.kv, llm.cfg, llm.block_size
-    layer_bytes = (cfg.num_params - 2 * cfg.vocab_size * cfg.n_embd) * llm.dtype.itemsize / cfg.n_layer
-    depth = int(min(cfg.n_layer, max(3, -(-256e6 // layer_bytes))))
+    layer_bytes = cfg.num_params * llm.dtype.itemsize / cfg.n_layer
+    depth = int(min(cfg.n_layer, max(3, -(-100e6 // layer_bytes))))
     samples = {k: [] for k in ("linear", "head", "prefill", "gpu_decode", "cpu_decode", "transfer")}
-    stop = time.perf_counter() + seconds
+    token_bytes = 2 * cfg.n_kv_head * cfg.head_dim * llm.dtype.itemsize
+    start, last = time.perf_counter(), 0.0
 
-    def fake(n, tier, decode):
-        r = Request(f"profile-{len(kv.sequences)}", [0] * n, 1, tier=tier, num_kv=n - 1 if decode else 0)
+    def request(n, tier, decode):
+        r = Request(("profile", len(kv.sequences)), [0] * n, 1, tier=tier)
         if decode:
-            r.prompt, r.output = [0] * (n - 1), [0]
-            kv.reserve(r.id, tier, n)
+            r.prompt, r.output, r.num_kv = [0] * (n - 1), [0], n - 1
+        kv.reserve(r.id, tier, n)
         return r
 
-    def timed(batch, repeats=3):
-        """Median ms per layer of each stage, and of the head."""
+    def timed(requests, tier=None):
+        """Median ms per layer of each stage, and of what comes once. Slow passes are not repeated."""
+        nonlocal last
         times = {"linear": [], "attend": [], "cpu_attend": [], "head": []}
-        try:
-            for i in range(repeats + 1):                         # the first is warm-up
-                model.run([kv.bind(batch)], kv, depth)
-                if not i:
-                    continue
-                ends = []
-                for _, stage, layer, _, start, end in model.records:
-                    outer = stage == "linear" and layer in (0, cfg.n_layer)
-                    (ends if outer else times[stage]).append(1e3 * (end - start))
-                times["head"].append(sum(ends) - statistics.median(times["linear"]))
-        finally:
-            for r in batch.requests:
-                kv.release(r.id)
+        inputs = kv.bind(Batch(requests) if tier is None else Batch(**{tier: requests}))
+        for repeat in range(4):
+            begin = time.perf_counter()
+            model.run([inputs], kv, depth)
+            last = time.perf_counter() - begin
+            if repeat == 0 and (last < 0.5 or tier):
+                continue                                         # warm-up; for decodes also the first touch of the KV
+            once = 0.0                                           # first and last linear stage: a layer and the head
+            for _, stage, layer, _, t0, t1 in model.records:
+                if stage == "linear" and layer in (0, cfg.n_layer):
+                    once += 1e3 * (t1 - t0)
+                else:
+                    times[stage].append(1e3 * (t1 - t0))
+            times["head"].append(max(once - statistics.median(times["linear"]), 0.0))
+            if last > 0.1:
+                break
+        for r in requests:
+            kv.release(r.id)
         return {k: statistics.median(v) for k, v in times.items() if v}
 
-    sizes = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-             if n <= min(llm.max_batch_tokens, llm.max_model_len, kv.cpu.num_blocks * bs)]
-    bar = tqdm(total=2 * len(sizes) + 6, desc="profile of one layer", disable=None, leave=False)
-    for n in sizes:                                              # one prompt, stored to the CPU tier
-        t = timed(Batch([fake(n, "cpu", False)]))
+    most = min(llm.max_batch_tokens, llm.max_model_len, kv.cpu.num_blocks * bs)
+    points = [2 ** i for i in range(14) if 2 ** i <= most]
+    longest = min(llm.max_model_len, 1024)
+    bar = tqdm(total=len(points) + 8 + 3, desc="profile of one layer", disable=None, leave=False)
+    for n in points:                                             # one prompt, stored to the CPU tier
+        if last * 4 > seconds - (time.perf_counter() - start) - seconds / 3:
+            break                                                # the last slope carries on from here
+        t = timed([request(n, "cpu", False)])
         samples["linear"].append([n, t["linear"]])
         samples["prefill"].append([n, t["attend"]])
-        samples["transfer"].append([n * 2 * cfg.n_kv_head * cfg.head_dim * llm.dtype.itemsize, t["cpu_attend"]])
+        samples["transfer"].append([n * token_bytes, t["cpu_attend"]])
         bar.update()
-        if time.perf_counter() > stop - seconds / 2:             # the last slope carries on from here
-            break
-    longest = min(llm.max_model_len, 1024)
-    for n in (1, 2, 4, 8, 16, 32, 64, 128, 256):                 # n decodes of equal length in the CPU tier
-        length = min(longest, kv.cpu.num_blocks // n * bs)
-        for share in (1, 4):
-            if length // share >= 2 and (time.perf_counter() < stop or n <= 2):
-                t = timed(Batch(cpu=[fake(length // share, "cpu", True) for _ in range(n)]))
-                samples["cpu_decode"].append([n, n * (length // share), t["cpu_attend"]])
-                samples["head"].append([n, max(t["head"], 0.0)])
-        bar.update()
-    for n in (1, 2, 4):                                          # GPU decodes filling 1/4, 1/2, all of the GPU tier
-        length = min(longest, kv.gpu.num_blocks * n // 4 * bs)
+    for n in (1, 4, 16, 64):                                     # n decodes of equal length in the CPU tier
+        for share in (4, 1):
+            length = min(longest, kv.cpu.num_blocks // n * bs) // share
+            if length >= 2 and (n <= 4 or last * 4 < seconds - (time.perf_counter() - start)):
+                t = timed([request(length, "cpu", True) for _ in range(n)], "cpu")
+                samples["cpu_decode"].append([n, n * length, t["cpu_attend"]])
+                samples["head"].append([n, t["head"]])
+            bar.update()
+    for share in (4, 2, 1):                                      # one GPU decode over so much of the GPU tier
+        length = min(longest, kv.gpu.num_blocks * bs) // share
         if length >= 2:
-            t = timed(Batch(gpu=[fake(length, "gpu", True)]))
-            samples["gpu_decode"].append([length, t["attend"]])
+            samples["gpu_decode"].append([length, timed([request(length, "gpu", True)], "gpu")["attend"]])
         bar.update()
     bar.close()
     return samples

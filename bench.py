@@ -1,0 +1,392 @@
+"""Benchmark: the same requests under several strategies, side by side, on one machine in one run.
+
+    python bench.py                                   llama-160m, under a minute on a laptop
+    python bench.py --model llama-7b                  the main job, on a CUDA GPU or without one
+    python bench.py --dataset-name osc --dataset-path osc_lengths.json --request-rate 2 --save-result
+
+A card first (what runs where, with what KV budget), then every strategy with a progress bar, a table, and one sentence.
+Metrics have the names and meanings of vLLM's serving benchmark. Knows nothing of the engine beyond LLM.
+"""
+import argparse
+import csv
+import json
+import math
+import shlex
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from neo import ENGINE_ARGS, LLM, SamplingParams, add_engine_args, load_config, load_tokenizer, resolve_device
+
+# tokens in, then out: mean, p50, p90, p99, max, and the least (of the trace where there is one)
+FIGURES = {
+    "osc": ((372.5, 371, 514, 555, 589, 29), (45.3, 45, 56, 65, 129, 15)),             # NEO's summarisation requests
+    "azure-code": ((2047.8, 1469, 5194, 7436, 7437, 3), (27.9, 13, 55, 252, 1899, 6)),  # Splitwise, Azure 2023
+    "azure-conv": ((1154.7, 1020, 2735, 4142, 14050, 1), (211.1, 129, 424, 601, 1000, 1)),
+}
+DATASETS = ("random", *FIGURES, "sharegpt", "lengths")
+SIZES_CPU = ((0.5e9, 24, 128, 32), (2e9, 16, 64, 24), (math.inf, 12, 32, 16))  # parameters up to: requests, in, out
+SIZES_CUDA = (64, 1000, 200)
+STEADY = (0.3, 0.7)            # of completions: the window of the steady throughput
+ROWS = (                       # of the table: key of a result, label, factor, format
+    ("request_throughput", "request/s", 1, ".3f"), ("output_throughput", "output tok/s", 1, ".2f"),
+    ("steady_output_throughput", "  steady 30-70 %", 1, ".2f"), ("total_token_throughput", "total tok/s", 1, ".1f"),
+    ("per_token_latency_ms", "E2EL / output tok, ms", 1, ".0f"), ("mean_ttft_ms", "TTFT mean, ms", 1, ".0f"),
+    ("p99_ttft_ms", "TTFT p99, ms", 1, ".0f"), ("mean_tpot_ms", "TPOT mean, ms", 1, ".1f"),
+    ("p99_tpot_ms", "TPOT p99, ms", 1, ".1f"), ("mean_itl_ms", "ITL mean, ms", 1, ".1f"),
+    ("p99_itl_ms", "ITL p99, ms", 1, ".1f"), ("gpu_busy", "GPU busy, %", 100, ".1f"),
+    ("cpu_busy", "CPU busy, %", 100, ".1f"), ("mean_batch_size", "rows sampled / iteration", 1, ".1f"),
+    ("iterations", "iterations", 1, ".0f"), ("pipelined_iterations", "  pipelined", 1, ".0f"),
+    ("cpu_decode_tokens", "tokens decoded on CPU", 1, ".0f"), ("swapped_blocks", "blocks swapped", 1, ".0f"),
+    ("preemptions", "preemptions", 1, ".0f"), ("prediction_error", "|predicted/measured - 1|, %", 100, ".0f"),
+    ("outside_model_share", "time outside the model, %", 100, ".1f"))
+
+
+# ----------------------------------------------------------------------------------------------------------- workload
+
+@dataclass
+class Workload:
+    """The requests of a run, the same for every strategy."""
+    prompts: list       # token ids of each
+    output_lens: list   # tokens each will produce, exactly
+    arrivals: list      # seconds after the start, ascending
+    source: str         # where the lengths come from
+    clipped: int        # requests shortened to the length limit
+
+
+def draw_lengths(figures, n, rng):
+    """n lengths from a distribution with the given (mean, p50, p90, p99, max, min). Between two quantiles lo and hi a
+    length is lo + (hi - lo) t^g with t uniform, whose mean is lo + (hi - lo) / (g + 1): one g meets the mean."""
+    mean, p50, p90, p99, top, least = figures
+    lo, hi = np.array([least, p50, p90, p99]), np.array([p50, p90, p99, top])
+    weight = np.array([0.5, 0.4, 0.09, 0.01])
+    g = (weight * (hi - lo)).sum() / (mean - (weight * lo).sum()) - 1
+    part = rng.choice(4, n, p=weight)
+    return np.rint(lo[part] + (hi - lo)[part] * rng.random(n) ** g).astype(int)
+
+
+def read_lengths(path):
+    """[(tokens in, tokens out)] of a file: Azure's CSV (ContextTokens, GeneratedTokens) or OSC's JSON (prompt,
+    max_tokens). Raises ValueError on anything else."""
+    try:
+        text = Path(path).read_text()
+        if text.lstrip().startswith("["):
+            pairs = [(int(r["prompt"]), int(r["max_tokens"])) for r in json.loads(text)]
+        else:
+            pairs = [(int(r["ContextTokens"]), int(r["GeneratedTokens"])) for r in csv.DictReader(text.splitlines())]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a lengths file ({type(error).__name__}: {error}); expected CSV with ContextTokens "
+                         'and GeneratedTokens, or JSON [{"prompt": n, "max_tokens": n}]') from None
+    pairs = [(i, o) for i, o in pairs if i > 0 and o > 0]
+    if not pairs:
+        raise ValueError(f"{path}: no request with tokens both in and out")
+    return pairs
+
+
+def read_sharegpt(path, tokenizer):
+    """[(prompt ids, tokens out)] of ShareGPT's JSON: the first turn and the length of its answer."""
+    if tokenizer is None:
+        raise ValueError("sharegpt is text: it needs a model with a tokenizer (a checkpoint folder)")
+    try:
+        turns = [c["conversations"][:2] for c in json.loads(Path(path).read_text()) if len(c["conversations"]) > 1]
+        pairs = [(tokenizer.encode(a["value"]), len(tokenizer.encode(b["value"]))) for a, b in turns]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not ShareGPT's JSON ({type(error).__name__}: {error})") from None
+    return [(ids, out) for ids, out in pairs if ids and out]
+
+
+def draw_requests(args, n, input_len, output_len, rng):
+    """n requests of the asked data set: ([tokens in, or prompt ids], [tokens out], source)."""
+    name, path = args.dataset_name, args.dataset_path
+    if name in ("sharegpt", "lengths") and not path:
+        raise ValueError(f"--dataset-name {name} needs --dataset-path")
+    if name == "random":
+        ins, outs = (rng.integers(math.ceil(0.9 * x), math.floor(1.1 * x), n, endpoint=True).clip(1)
+                     for x in (input_len, output_len))
+        return list(ins), list(outs), f"random, {input_len} in, {output_len} out, each within 10 %"
+    if not path:
+        ins, outs = (draw_lengths(figures, n, rng) for figures in FIGURES[name])
+        return list(ins), list(outs), f"{name}, lengths drawn to fit its published figures"
+    pairs = read_sharegpt(path, load_tokenizer(args.model)) if name == "sharegpt" else read_lengths(path)
+    chosen = rng.choice(len(pairs), n, replace=n > len(pairs))
+    return [pairs[i][0] for i in chosen], [pairs[i][1] for i in chosen], f"{name}, {n} of {len(pairs)} in {path}"
+
+
+def fit_requests(ins, outs, limit):
+    """Shorten requests to `limit` tokens, prompt first; (ins, outs, how many were shortened)."""
+    length = lambda x: x if isinstance(x, (int, np.integer)) else len(x)
+    new_outs = [min(int(o), max(1, limit // 2) if length(i) + o > limit else limit) for i, o in zip(ins, outs)]
+    new_ins = [i if length(i) + o <= limit else min(i, limit - o) if length(i) == i else i[:limit - o]
+               for i, o in zip(ins, new_outs)]
+    return new_ins, new_outs, sum(length(i) + o > limit for i, o in zip(ins, outs))
+
+
+# ------------------------------------------------------------------------------------------------------------ one run
+
+def serve(llm, strategy, work, trace=None):
+    """Serve the workload under one strategy, requests entering when they arrive. Returns (result, token ids of each
+    request or None); a Ctrl-C ends it early, with what finished."""
+    llm.reset(strategy)
+    if trace is not None:
+        llm.on_iteration = lambda records, start, end: trace.extend((strategy, *r) for r in records)
+    n, outs, times, failed, interrupted = len(work.prompts), {}, {}, 0, False
+    bar = tqdm(total=n, desc=f"{strategy:10s}", unit="req", disable=None)
+    start, nxt = time.perf_counter(), 0
+    try:
+        while nxt < n or llm.outputs:
+            while nxt < n and work.arrivals[nxt] <= time.perf_counter() - start:
+                try:
+                    params = SamplingParams(max_tokens=work.output_lens[nxt], ignore_eos=True)
+                    outs[nxt] = llm.outputs[llm.add_request(work.prompts[nxt], params, request_id=nxt)]
+                    times[nxt] = []
+                except ValueError as error:
+                    failed += 1
+                    tqdm.write(f"request {nxt} refused: {error}", file=sys.stderr)
+                nxt += 1
+            if not llm.outputs:
+                if nxt < n:
+                    time.sleep(max(0.0, start + work.arrivals[nxt] - time.perf_counter()))
+                continue
+            stepped = llm.step()
+            now = time.perf_counter() - start
+            for out in stepped:
+                times[out.request_id].append(now)
+                bar.update(out.finish_reason is not None)
+    except KeyboardInterrupt:
+        interrupted = True
+        for request_id in list(llm.outputs):
+            llm.abort(request_id)
+    bar.close()
+    llm.on_iteration = None
+    done = {i for i, out in outs.items() if out.finish_reason == "length"}
+    result = metrics(work, {i: times[i] for i in sorted(done)}, time.perf_counter() - start, llm)
+    result |= {"failed": failed, "interrupted": interrupted}
+    return result, [outs[i].token_ids if i in done else None for i in range(n)]
+
+
+def metrics(work, times, duration, llm):
+    """times {request: [seconds of each token]} of completed requests -> one result, vLLM's keys and ours."""
+    stats, budget = llm.stats(), llm.kv_budget
+    tokens_in, tokens_out = sum(len(work.prompts[i]) for i in times), sum(map(len, times.values()))
+    e2el = {i: t[-1] - work.arrivals[i] for i, t in times.items()}
+    series = {"ttft": [t[0] - work.arrivals[i] for i, t in times.items()],
+              "tpot": [(t[-1] - t[0]) / (len(t) - 1) for t in times.values() if len(t) > 1],
+              "itl": [b - a for t in times.values() for a, b in zip(t, t[1:])], "e2el": list(e2el.values())}
+    ends = sorted(t[-1] for t in times.values())
+    lo, hi = (ends[min(int(share * len(ends)), len(ends) - 1)] if ends else 0.0 for share in STEADY)
+    result = {"duration": duration, "completed": len(times), "failed": 0, "total_input_tokens": tokens_in,
+              "total_output_tokens": tokens_out, "request_throughput": len(times) / duration,
+              "output_throughput": tokens_out / duration, "total_token_throughput": (tokens_in + tokens_out) / duration}
+    for name, values in series.items():
+        ms = 1e3 * np.array(values or [0.0])
+        result |= {f"mean_{name}_ms": float(ms.mean()), f"median_{name}_ms": float(np.median(ms)),
+                   f"p99_{name}_ms": float(np.percentile(ms, 99))}
+    return result | {
+        "per_token_latency_ms": 1e3 * statistics.fmean([e2el[i] / len(t) for i, t in times.items()] or [0.0]),
+        "steady_output_throughput": sum(lo < x <= hi for t in times.values() for x in t) / (hi - lo) if hi > lo else None,
+        "steady_completions": sum(lo < x <= hi for x in ends),
+        "kv_budget_gpu_tokens": budget["gpu"], "kv_budget_cpu_tokens": budget["cpu"],
+        "gpu_busy": stats["gpu_busy_s"] / duration, "cpu_busy": stats["cpu_busy_s"] / duration,
+        **{k: stats[k] for k in ("mean_batch_size", "iterations", "pipelined_iterations", "cpu_decode_tokens",
+                                 "swapped_blocks", "preemptions", "prediction_error", "outside_model_share")}}
+
+
+def median_result(rounds):
+    """Several rounds of one strategy -> medians, with the spread of the throughput beside them."""
+    numbers = lambda key: [r[key] for r in rounds if r[key] is not None]
+    result = {k: statistics.median(numbers(k)) if numbers(k) else None for k in rounds[0] if k != "interrupted"}
+    result = {k: int(v) if isinstance(v, float) and isinstance(rounds[0][k], int) else v for k, v in result.items()}
+    return result | {"interrupted": any(r["interrupted"] for r in rounds), "rounds": len(rounds),
+                     "output_throughput_min": min(numbers("output_throughput")),
+                     "output_throughput_max": max(numbers("output_throughput"))}
+
+
+# ------------------------------------------------------------------------------------------------------------- output
+
+def table(results):
+    """Strategies side by side."""
+    cell = lambda value, factor, form: "-" if value is None else format(factor * value, form)
+    lines = [f"{'':28s}" + "".join(f"{name:>14s}" for name in results)]
+    for key, label, factor, form in ROWS:
+        lines.append(f"{label:28s}" + "".join(f"{cell(r[key], factor, form):>14s}" for r in results.values()))
+    if any(r["rounds"] > 1 for r in results.values()):
+        spread = (f"{r['output_throughput_min']:.2f}-{r['output_throughput_max']:.2f}" for r in results.values())
+        lines.append(f"{'output tok/s, spread':28s}" + "".join(f"{s:>14s}" for s in spread))
+    return "\n".join(lines)
+
+
+def sentence(results, llm):
+    """The comparison in words, KV budget beside it."""
+    neo, base = results["neo"], results["gpu-only"]
+    if not (neo["completed"] and base["completed"]):
+        return "Nothing to compare: one of neo and gpu-only completed no request."
+    where = "on a GPU played by a CPU thread (an emulation)" if llm.device.type == "cpu" else "on the GPU"
+    return (f"neo / gpu-only: {neo['output_throughput'] / base['output_throughput']:.2f}x the throughput at "
+            f"{neo['per_token_latency_ms'] / base['per_token_latency_ms']:.2f}x the latency per token, {where}, with a KV "
+            f"budget of {base['kv_budget_gpu_tokens']} tokens on the GPU and {neo['kv_budget_cpu_tokens']} more in host "
+            "memory for neo.")
+
+
+def notes(results, outputs):
+    """What a reader of the table should know."""
+    few = [f"{k} {r['steady_completions']}" for k, r in results.items() if r["steady_completions"] < 20]
+    if few:
+        yield f"note: fewer than 20 requests finish inside the steady window ({', '.join(few)}): it may mislead."
+    if any(r["interrupted"] for r in results.values()):
+        yield "note: interrupted; only completed requests are counted."
+    first, *others = outputs
+    for name in others:
+        both = [(a, b) for a, b in zip(outputs[first], outputs[name]) if a and b]
+        yield f"tokens: {name} and {first} agree on {sum(a == b for a, b in both)} of {len(both)} requests" + (
+            "." if all(a == b for a, b in both) else " (exact in fp32; in 16 bits rounding depends on the batch's shape).")
+
+
+def write_trace(path, trace):
+    """Chrome / Perfetto trace (open it in ui.perfetto.dev): a process per strategy, one lane for the GPU, one for the
+    CPU; spans named by stage, layer and sub-batch."""
+    strategies = list(dict.fromkeys(t[0] for t in trace))
+    zero = min((t[5] for t in trace), default=0.0)
+    events = [{"ph": "M", "name": "process_name", "pid": pid, "args": {"name": s}} for pid, s in enumerate(strategies)]
+    events += [{"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": lane}}
+               for pid in range(len(strategies)) for tid, lane in ((1, "GPU"), (2, "CPU"))]
+    for s, lane, stage, layer, index, start, end in trace:
+        events.append({"ph": "X", "name": f"{stage} {layer}{'AB'[index]}", "pid": strategies.index(s),
+                       "tid": 1 if lane == "gpu" else 2, "ts": 1e6 * (start - zero), "dur": 1e6 * (end - start),
+                       "args": {"layer": layer, "sub_batch": "AB"[index]}})
+    Path(path).write_text(json.dumps({"traceEvents": events}))
+
+
+def write_plot(path, results, title):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.5))
+    for ax, key, label in zip(axes, ("output_throughput", "per_token_latency_ms"),
+                              ("output tokens / s", "latency per output token, ms")):
+        ax.bar(list(results), [r[key] for r in results.values()], color=[f"C{i}" for i in range(len(results))])
+        ax.set_ylabel(label)
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Strategies side by side on the same requests.", allow_abbrev=False)
+    parser.add_argument("--model", default="llama-160m", help="preset with random weights, or a checkpoint folder")
+    parser.add_argument("--strategies", default="gpu-only,neo", help="comma separated, in the order they run")
+    parser.add_argument("--num-prompts", type=int, metavar="N", help="requests (default: by device and model)")
+    parser.add_argument("--input-len", type=int, metavar="N", help="tokens per prompt, for random")
+    parser.add_argument("--output-len", type=int, metavar="N", help="tokens per output, for random")
+    parser.add_argument("--request-rate", type=float, default=math.inf, help="Poisson arrivals per second; inf: all at once")
+    parser.add_argument("--dataset-name", default="random", choices=DATASETS, help="where lengths come from")
+    parser.add_argument("--dataset-path", metavar="FILE", help="Azure CSV, OSC JSON or ShareGPT JSON; without it osc, "
+                        "azure-code and azure-conv are drawn to fit their published figures")
+    parser.add_argument("--repeats", type=int, default=1, metavar="N", help="interleaved rounds; medians are reported")
+    parser.add_argument("--save-result", action="store_true", help="write the JSON (also if --result-filename is given)")
+    parser.add_argument("--result-filename", metavar="F.json")
+    parser.add_argument("--plot", metavar="F.png", help="bars of throughput and latency (needs matplotlib)")
+    parser.add_argument("--timeline", metavar="F.json", help="Chrome / Perfetto trace of the first round")
+    parser.add_argument("--verbose", action="store_true", help="one line per iteration")
+    add_engine_args(parser)
+    args = parser.parse_args(argv)
+    for name in ("num_prompts", "input_len", "output_len", "repeats", "request_rate"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            parser.error(f"--{name.replace('_', '-')} {value}: must be above 0")
+    return args
+
+
+def prepare(args):
+    """Draw the requests, size the engine for them, warm it up: (LLM, Workload, strategies)."""
+    cfg, device = load_config(args.model), resolve_device(args.device)
+    strategies = list(dict.fromkeys(args.strategies.split(",")))
+    rng = np.random.default_rng(args.seed)
+    sizes = SIZES_CUDA if device.type == "cuda" else next(s[1:] for s in SIZES_CPU if cfg.num_params <= s[0])
+    n, input_len, output_len = (asked or size for asked, size in
+                                zip((args.num_prompts, args.input_len, args.output_len), sizes))
+    ins, outs, source = draw_requests(args, n, input_len, output_len, rng)
+    engine = {k: getattr(args, k) for k in ENGINE_ARGS}
+    limit = args.max_model_len or cfg.max_position
+    ins, outs, clipped = fit_requests(ins, outs, limit)
+    totals = [(i if isinstance(i, (int, np.integer)) else len(i)) + o for i, o in zip(ins, outs)]
+    if device.type == "cpu" and args.gpu_blocks is None and args.gpu_mem is None:
+        block = args.block_size or 16             # the emulated GPU is as short of memory as the paper's T4: two requests
+        engine["gpu_blocks"] = max(2 * -(-round(statistics.fmean(totals)) // block), -(-max(totals) // block))
+    if args.max_model_len is None and (args.max_batch_tokens is None or args.max_batch_tokens >= max(totals)):
+        engine["max_model_len"] = max(totals)
+    llm = LLM(args.model, strategies[0] if strategies == ["gpu-only"] else "neo", **engine)
+    limits = []
+    for s in strategies:
+        llm.reset(s)
+        limits.append(llm.max_request_len)
+    ins, outs, more = fit_requests(ins, outs, min(limits))
+    prompts = [rng.integers(cfg.vocab_size, size=i).tolist() if isinstance(i, (int, np.integer)) else i for i in ins]
+    arrivals = [0.0] * n if math.isinf(args.request_rate) else rng.exponential(1 / args.request_rate, n).cumsum().tolist()
+    for s in strategies:
+        llm.reset(s)
+        llm.generate([prompts[0][:8]], SamplingParams(max_tokens=2, ignore_eos=True))
+    return llm, Workload(prompts, [int(o) for o in outs], arrivals, source, max(clipped, more)), strategies
+
+
+def card(llm, work, args):
+    """What is about to run."""
+    ins, outs = [len(p) for p in work.prompts], work.output_lens
+    rate = "all at once" if math.isinf(args.request_rate) else f"Poisson, {args.request_rate:g} per second"
+    chosen = "found by auto" if args.device == "auto" else "asked for"
+    return (f"{llm.describe()}\n"
+            f"chosen     device {chosen}, dtype {'by auto' if args.dtype == 'auto' else 'asked for'}, seed {args.seed}\n"
+            f"workload   {len(ins)} requests: {work.source}; in {min(ins)}..{max(ins)} (mean {statistics.fmean(ins):.1f}), "
+            f"out {min(outs)}..{max(outs)} (mean {statistics.fmean(outs):.1f}); {rate}; {work.clipped} clipped to the "
+            f"limit of {llm.max_model_len} tokens")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        llm, work, strategies = prepare(args)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted before the first request")
+    print(card(llm, work, args), flush=True)
+    llm.verbose, rounds, outputs, trace = args.verbose, {s: [] for s in strategies}, {}, []
+    for round_ in range(args.repeats):
+        for s in strategies:
+            if not any(r["interrupted"] for rs in rounds.values() for r in rs):
+                result, outputs[s] = serve(llm, s, work, trace if args.timeline and round_ == 0 else None)
+                rounds[s].append(result)
+    results = {s: median_result(rs) for s, rs in rounds.items() if rs}
+    print("\n" + table(results) + "\n")
+    for line in notes(results, outputs):
+        print(line)
+    if {"neo", "gpu-only"} <= results.keys():
+        print(sentence(results, llm))
+
+    if args.save_result or args.result_filename:
+        path = args.result_filename or f"{Path(args.model).name}-{args.dataset_name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+        config = {**vars(args), "request_rate": str(args.request_rate), "command": shlex.join(sys.argv),
+                  "card": card(llm, work, args).splitlines(), "max_model_len": llm.max_model_len}
+        Path(path).write_text(json.dumps({"config": config, "results": results}, indent=1))
+        print(f"result: {path}")
+    if args.timeline:
+        write_trace(args.timeline, trace)
+        print(f"timeline: {args.timeline} (open in ui.perfetto.dev)")
+    if args.plot:
+        try:
+            write_plot(args.plot, results, f"{args.model}, {work.source}")
+            print(f"plot: {args.plot}")
+        except ImportError:
+            print("no plot: pip install matplotlib", file=sys.stderr)
+    if any(r["interrupted"] for r in results.values()):
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
