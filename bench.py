@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from neo import ENGINE_ARGS, LLM, SamplingParams, add_engine_args, load_config, load_tokenizer, resolve_device
+from neo import BLOCK_SIZE, ENGINE_ARGS, LLM, SamplingParams, add_engine_args, load_config, load_tokenizer, resolve_device
 
 # tokens in, then out: mean, p50, p90, p99, max, and the least (of the trace where there is one)
 FIGURES = {
@@ -67,7 +67,7 @@ def draw_lengths(figures, n, rng):
     weight = np.array([0.5, 0.4, 0.09, 0.01])
     g = (weight * (hi - lo)).sum() / (mean - (weight * lo).sum()) - 1
     part = rng.choice(4, n, p=weight)
-    return np.rint(lo[part] + (hi - lo)[part] * rng.random(n) ** g).astype(int)
+    return np.rint(lo[part] + (hi - lo)[part] * rng.random(n) ** g).astype(int).tolist()
 
 
 def read_lengths(path):
@@ -106,21 +106,21 @@ def draw_requests(args, n, input_len, output_len, rng):
     if name in ("sharegpt", "lengths") and not path:
         raise ValueError(f"--dataset-name {name} needs --dataset-path")
     if name == "random":
-        ins, outs = (rng.integers(math.ceil(0.9 * x), math.floor(1.1 * x), n, endpoint=True).clip(1)
+        ins, outs = (rng.integers(max(1, math.ceil(0.9 * x)), math.floor(1.1 * x), n, endpoint=True).tolist()
                      for x in (input_len, output_len))
-        return list(ins), list(outs), f"random, {input_len} in, {output_len} out, each within 10 %"
+        return ins, outs, f"random, {input_len} in, {output_len} out, each within 10 %"
     if not path:
         ins, outs = (draw_lengths(figures, n, rng) for figures in FIGURES[name])
-        return list(ins), list(outs), f"{name}, lengths drawn to fit its published figures"
+        return ins, outs, f"{name}, lengths drawn to fit its published figures"
     pairs = read_sharegpt(path, load_tokenizer(args.model)) if name == "sharegpt" else read_lengths(path)
     chosen = rng.choice(len(pairs), n, replace=n > len(pairs))
     return [pairs[i][0] for i in chosen], [pairs[i][1] for i in chosen], f"{name}, {n} of {len(pairs)} in {path}"
 
 
 def fit_requests(ins, outs, limit):
-    """Shorten requests to `limit` tokens, prompt first; (ins, outs, how many were shortened)."""
-    length = lambda x: x if isinstance(x, (int, np.integer)) else len(x)
-    new_outs = [min(int(o), max(1, limit // 2) if length(i) + o > limit else limit) for i, o in zip(ins, outs)]
+    """Shorten requests to `limit` tokens, the output to no less than half of it; (ins, outs, how many)."""
+    length = lambda x: x if isinstance(x, int) else len(x)
+    new_outs = [min(o, max(limit // 2, limit - length(i))) for i, o in zip(ins, outs)]
     new_ins = [i if length(i) + o <= limit else min(i, limit - o) if length(i) == i else i[:limit - o]
                for i, o in zip(ins, new_outs)]
     return new_ins, new_outs, sum(length(i) + o > limit for i, o in zip(ins, outs))
@@ -315,10 +315,10 @@ def prepare(args):
     engine = {k: getattr(args, k) for k in ENGINE_ARGS}
     limit = args.max_model_len or cfg.max_position
     ins, outs, clipped = fit_requests(ins, outs, limit)
-    totals = [(i if isinstance(i, (int, np.integer)) else len(i)) + o for i, o in zip(ins, outs)]
+    totals = [(i if isinstance(i, int) else len(i)) + o for i, o in zip(ins, outs)]
     if device.type == "cpu" and args.gpu_blocks is None and args.gpu_mem is None:
-        block = args.block_size or 16             # the emulated GPU is as short of memory as the paper's T4: two requests
-        engine["gpu_blocks"] = max(2 * -(-round(statistics.fmean(totals)) // block), -(-max(totals) // block))
+        block = args.block_size or BLOCK_SIZE     # the emulated GPU is as short of memory as the paper's T4: two requests
+        engine["gpu_blocks"] = max(2 * math.ceil(1.1 * statistics.fmean(totals) / block), math.ceil(max(totals) / block))
     if args.max_model_len is None and (args.max_batch_tokens is None or args.max_batch_tokens >= max(totals)):
         engine["max_model_len"] = max(totals)
     llm = LLM(args.model, strategies[0] if strategies == ["gpu-only"] else "neo", **engine)
@@ -327,12 +327,12 @@ def prepare(args):
         llm.reset(s)
         limits.append(llm.max_request_len)
     ins, outs, more = fit_requests(ins, outs, min(limits))
-    prompts = [rng.integers(cfg.vocab_size, size=i).tolist() if isinstance(i, (int, np.integer)) else i for i in ins]
+    prompts = [rng.integers(cfg.vocab_size, size=i).tolist() if isinstance(i, int) else i for i in ins]
     arrivals = [0.0] * n if math.isinf(args.request_rate) else rng.exponential(1 / args.request_rate, n).cumsum().tolist()
     for s in strategies:
         llm.reset(s)
         llm.generate([prompts[0][:8]], SamplingParams(max_tokens=2, ignore_eos=True))
-    return llm, Workload(prompts, [int(o) for o in outs], arrivals, source, max(clipped, more)), strategies
+    return llm, Workload(prompts, outs, arrivals, source, max(clipped, more)), strategies
 
 
 def card(llm, work, args):

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+HUGE_PAGE = 2 << 20
 STAGE_BYTES = 64 << 20  # pinned staging buffer for swaps on CUDA: large enough for full PCIe speed, quick to pin
 
 
@@ -68,21 +69,21 @@ class Tier:
         self.num_blocks = num_blocks
         self.free = list(range(num_blocks - 1, -1, -1))  # a stack: a block just freed is warm, and taken first
         L, *block = shape
-        self.k, self.v = (_empty((L, num_blocks, *block), dtype, device) for _ in "kv")
+        self.k, self.v = (zeros((L, num_blocks, *block), dtype, device) for _ in "kv")
 
     def take(self, n):
         assert n <= len(self.free), f"scheduler bug: {n} blocks wanted, {len(self.free)} of {self.num_blocks} free"
         return [self.free.pop() for _ in range(n)]
 
 
-def _empty(shape, dtype, device):
-    """Zeros. On the host: memory from mmap on huge pages where the system grants them, not touched before its use."""
-    numel = int(np.prod(shape))
-    if device.type != "cpu" or numel == 0:
+def zeros(shape, dtype, device):
+    """Zeros; large ones on the host lie on huge pages where the system grants them (a first touch of 4 KB pages costs
+    more than filling them), and take no memory until then."""
+    nbytes = int(np.prod(shape)) * dtype.itemsize
+    if device.type != "cpu" or nbytes < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, numel * dtype.itemsize)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import cpu_attn
 from gpu_attn import BACKENDS, choose
-from kvcache import to_numpy
+from kvcache import to_numpy, zeros
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -277,7 +277,7 @@ class Model:
     def _allocate(self):
         c = self.cfg
         H, Hkv, D, E, F_ = c.n_head, c.n_kv_head, c.head_dim, c.n_embd, c.n_ffn
-        new = lambda *shape: torch.empty(shape, dtype=self.dtype, device=self.device)
+        new = lambda *shape: zeros(shape, self.dtype, self.device)
         self.embed = new(c.vocab_size, E)
         self.head = self.embed if c.tie_embeddings else new(c.vocab_size, E)
         self.norm = new(E)

@@ -205,8 +205,10 @@ class LLM:
         self._budget(strategy, gpu_mem, gpu_blocks, cpu_mem, max_model_len, max_batch_tokens)
         self.tokenizer = load_tokenizer(self.name)
         started = time.perf_counter()
+        torch.set_num_threads(self.cores)                              # to fill the weights
         self.model = Model(self.name, cfg, self.dtype, self.device, self.max_model_len, self.gpu_threads,
                            self.cpu_threads, seed=seed)
+        torch.set_num_threads(self.gpu_threads or self.cores)          # this thread samples while the GPU idles
         self.load_seconds = time.perf_counter() - started
         self.kv = KVCache((cfg.n_layer, cfg.n_kv_head, cfg.head_dim), self.block_size, self.num_blocks["gpu"],
                           self.num_blocks["cpu"], self.max_model_len, self.dtype, self.device)
@@ -214,7 +216,8 @@ class LLM:
         self.reset(strategy)
 
     def _threads(self, gpu_threads, cpu_threads):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        cores = self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        cpu_attn.set_threads(cores)                    # before torch's: starting Numba's threads resets OpenMP's count
         for name, n in (("gpu_threads", gpu_threads), ("cpu_threads", cpu_threads)):
             if n is not None and not 1 <= n <= cores:
                 raise ValueError(f"{name} = {n}: must be 1..{cores}, the cores of this machine")
@@ -223,8 +226,6 @@ class LLM:
             return
         self.gpu_threads = gpu_threads or max(1, cores - cpu_threads if cpu_threads else cores // 2)
         self.cpu_threads = cpu_threads or max(1, cores - self.gpu_threads)
-        cpu_attn.set_threads(self.cpu_threads)         # first: starting Numba's threads resets OpenMP's count
-        torch.set_num_threads(self.gpu_threads)        # of this thread, too: it samples while the GPU idles
         if self.gpu_threads + self.cpu_threads > max(cores, 2):
             warnings.warn(f"{self.gpu_threads} GPU + {self.cpu_threads} CPU threads on {cores} cores: they will slow "
                           "each other down")

@@ -134,8 +134,9 @@ def save_profile(path, key, samples):
 
 
 def _curve(points):
-    """[[n, ms], ...] -> sorted (ns, ms), ms never falling: more rows never take less time, noise says otherwise."""
-    ns, ms = zip(*sorted(points))
+    """[[n, ms], ...] -> sorted (ns, ms), one median each, ms never falling: more rows never take less time, noise says otherwise."""
+    ns = sorted({n for n, _ in points})
+    ms = [np.median([t for m, t in points if m == n]) for n in ns]
     return ns, np.maximum.accumulate(ms).tolist()
 
 

@@ -1,0 +1,933 @@
+"""Tests: exact tokens against transformers, every fast path against its slow reference, invariants, bad input.
+
+    pip install -r requirements.txt -r requirements-extra.txt && pytest -q
+
+Models are tiny and made on the spot; nothing is downloaded. What is slow or random is asserted on tokens, invariants
+and overlap, never on time.
+"""
+import dataclasses
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import bench
+import cpu_attn
+import gpu_attn
+from kvcache import KVCache
+from model import PRESETS, Model, load_config, rope_table
+from neo import LLM, SamplingParams, load_tokenizer, sample
+from perfmodel import Load, PerfModel, Prediction, Profile, layer_ms
+from scheduler import MAX_WAIT, STRATEGIES, Batch, Request, Scheduler
+
+DATA = Path(__file__).resolve().parent.parent / "shared" / "data"
+GREEDY = SamplingParams(max_tokens=24)
+EXACT = SamplingParams(max_tokens=24, ignore_eos=True)
+
+
+class FixedPerf(PerfModel):
+    """A performance model for tests: weights take 1 ms whatever the rows, a CPU decode `cpu` ms, nothing is learnt."""
+
+    def __init__(self, cpu=0.2, n_layer=4):
+        super().__init__(n_layer, 128)
+        self.cpu = cpu
+
+    def linear(self, n_tokens):
+        return 1.0 + 0.01 * n_tokens
+
+    def head(self, n_rows):
+        return 1.0
+
+    def prefill(self, lengths):
+        return 0.001 * sum(lengths)
+
+    def gpu_decode(self, n_kv_tokens):
+        return 0.0001 * n_kv_tokens
+
+    def cpu_decode(self, n_requests, n_kv_tokens):
+        return self.cpu * n_requests
+
+    def transfer(self, n_bytes):
+        return 1e-6 * n_bytes
+
+    def observe(self, predicted, measured):
+        pass
+
+
+def blocks_to_gib(llm_or_cfg, blocks, itemsize=4, block_size=16):
+    c = llm_or_cfg
+    return blocks * 2 * c.n_layer * c.n_kv_head * block_size * c.head_dim * itemsize / 2 ** 30
+
+
+def make_prompts(n, vocab, longest, seed=0):
+    rng = random.Random(seed)
+    return [[rng.randrange(vocab) for _ in range(rng.randrange(1, longest))] for _ in range(n)]
+
+
+# ------------------------------------------------------------------------------------ exact tokens, against transformers
+
+GEOMETRIES = {
+    "mha-d64-linear": dict(num_attention_heads=4, num_key_value_heads=4, head_dim=64, hidden_size=256, vocab_size=503,
+                           rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=2.0)),
+    "gqa4-d128-llama3": dict(num_attention_heads=8, num_key_value_heads=2, head_dim=128, hidden_size=192, vocab_size=512,
+                             rope_parameters=dict(rope_type="llama3", rope_theta=500000.0, factor=8.0,
+                                                  low_freq_factor=1.0, high_freq_factor=4.0,
+                                                  original_max_position_embeddings=64)),
+    "gqa8-d80-tied": dict(num_attention_heads=8, num_key_value_heads=1, head_dim=80, hidden_size=320, vocab_size=331,
+                          tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=10000.0)),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """name -> (folder, transformers model): random Llama checkpoints, saved as transformers does."""
+    transformers = pytest.importorskip("transformers")
+    out = {}
+    for name, geometry in GEOMETRIES.items():
+        torch.manual_seed(1)
+        cfg = transformers.LlamaConfig(num_hidden_layers=3, intermediate_size=416, max_position_embeddings=256,
+                                       initializer_range=0.1, bos_token_id=None, eos_token_id=None, **geometry)
+        hf = transformers.LlamaForCausalLM(cfg).eval()
+        folder = tmp_path_factory.mktemp(name)
+        hf.save_pretrained(folder)
+        out[name] = folder, hf
+    return out
+
+
+def hf_generate(hf, prompts, n, **kwargs):
+    """Greedy tokens of a left-padded batch."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    out = hf.generate(ids, attention_mask=mask, max_new_tokens=n, do_sample=False, pad_token_id=0, **kwargs)
+    return out[:, width:].tolist()
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoints):
+    """name -> (prompts, the tokens transformers generates for them)."""
+    out = {}
+    for name, (_, hf) in checkpoints.items():
+        prompts = make_prompts(12, hf.config.vocab_size, 60)
+        out[name] = prompts, hf_generate(hf, prompts, 40)
+    return out
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_tokens_equal_transformers(checkpoints, reference, name, strategy):
+    """float32 greedy tokens, with tiers so small that swaps, preemptions and CPU prefills all happen."""
+    folder, _ = checkpoints[name]
+    prompts, want = reference[name]
+    cfg = load_config(str(folder))
+    cpu_blocks = {"gpu-only": 20, "symmetric": 18}.get(strategy, 11)
+    llm = LLM(str(folder), strategy, device="cpu", dtype="fp32", gpu_blocks=10, cpu_mem=blocks_to_gib(cfg, cpu_blocks),
+              max_model_len=110)
+    outs = llm.generate(prompts, SamplingParams(max_tokens=40))
+    stats = llm.stats()
+    llm.kv.check()
+    assert [o.token_ids for o in outs] == want
+    assert stats["preemptions"] > 0
+    if strategy in ("serial", "neo"):
+        assert stats["swapped_blocks"] > 0 and stats["cpu_prefills"] > 0 and stats["cpu_decode_tokens"] > 0
+    if strategy == "symmetric":
+        assert stats["pipelined_iterations"] > 0 and stats["gpu_decode_tokens"] == 0
+    assert stats["gpu_blocks_free"] == stats["gpu_blocks"] and stats["cpu_blocks_free"] == stats["cpu_blocks"]
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_tokens_equal_transformers_when_neo_pipelines(checkpoints, reference, name):
+    """neo with a performance model under which two sub-batches pay: GPU and CPU rows in one pipeline."""
+    folder, _ = checkpoints[name]
+    prompts, want = reference[name]
+    llm = LLM(str(folder), "neo", device="cpu", dtype="fp32", gpu_blocks=14, max_model_len=110)
+    llm.perf = llm.scheduler.perf = FixedPerf(cpu=0.3, n_layer=3)
+    outs = llm.generate(prompts, SamplingParams(max_tokens=40))
+    stats = llm.stats()
+    assert [o.token_ids for o in outs] == want
+    assert stats["pipelined_iterations"] > 0 and stats["gpu_decode_tokens"] > 0 and stats["cpu_decode_tokens"] > 0
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("fp32", 1e-5), ("bf16", 5e-2), ("fp16", 6e-3)])
+def test_logits_within_tolerance(checkpoints, dtype, tolerance):
+    """Prompt and decode logits of a pipelined pass over both tiers against transformers in float32: |a - b| / |b|."""
+    folder, hf = checkpoints["gqa4-d128-llama3"]
+    llm = LLM(str(folder), device="cpu", dtype=dtype, gpu_blocks=20, max_model_len=110)
+    kv, prompts = llm.kv, make_prompts(6, 512, 60, seed=2)
+    with torch.no_grad():
+        want = [hf(torch.tensor([p])).logits[0] for p in prompts]
+
+    def check(batches):
+        inputs = [kv.bind(b, i) for i, b in enumerate(batches)]
+        llm.model.run(inputs, kv)
+        for b, inp in zip(batches, inputs):
+            for r, got in zip(b.requests, inp.logits):
+                ref = want[r.id][r.num_tokens - 1]
+                assert (got - ref).norm() / ref.norm() < tolerance
+    # all but the last token as prompts of either tier, then the last one as a decode
+    requests = [Request(i, p[:-1] or p, 1, tier="gpu" if i % 2 else "cpu") for i, p in enumerate(prompts)]
+    check([Batch(requests[:3]), Batch(requests[3:])])
+    for r, p in zip(requests, prompts):
+        r.num_kv, r.output = len(r.prompt), [p[-1]]
+    check([Batch(gpu=[r for r in requests if r.tier == "gpu"], cpu=requests[:1]),
+           Batch(cpu=[r for r in requests[1:] if r.tier == "cpu"])])
+
+
+def test_eos_ends_a_request(checkpoints, reference, tmp_path):
+    """Several end-of-text ids; the id is the last token, as transformers has it."""
+    folder, hf = checkpoints["mha-d64-linear"]
+    prompts, tokens = reference["mha-d64-linear"]
+    eos = [tokens[0][5], tokens[1][9]]
+    for file in folder.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": eos}
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    outs = LLM(str(tmp_path), device="cpu", dtype="fp32", gpu_blocks=20, max_model_len=110).generate(
+        prompts, SamplingParams(max_tokens=40))
+    for out, want in zip(outs, tokens):
+        end = next((i + 1 for i, t in enumerate(want) if t in eos), 40)
+        assert out.token_ids == want[:end]
+        assert out.finish_reason == ("stop" if want[end - 1] in eos else "length")
+    assert {o.finish_reason for o in outs} == {"stop", "length"} or len(outs[0].token_ids) <= 6
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+def as_meta(folder, hf, shards):
+    """Write a transformers model the way Meta ships one: their names, RoPE layout and split."""
+    c, sd = hf.config, hf.state_dict()
+
+    def neighbours(w):                          # halves of a head -> neighbours
+        return w.view(-1, 2, c.head_dim // 2, c.hidden_size).transpose(1, 2).reshape(w.shape)
+    full = {"tok_embeddings.weight": (sd["model.embed_tokens.weight"], 1), "norm.weight": (sd["model.norm.weight"], None),
+            "output.weight": (sd["lm_head.weight"], 0)}
+    for i in range(c.num_hidden_layers):
+        a, b = f"model.layers.{i}.", f"layers.{i}."
+        full |= {b + "attention.wq.weight": (neighbours(sd[a + "self_attn.q_proj.weight"]), 0),
+                 b + "attention.wk.weight": (neighbours(sd[a + "self_attn.k_proj.weight"]), 0),
+                 b + "attention.wv.weight": (sd[a + "self_attn.v_proj.weight"], 0),
+                 b + "attention.wo.weight": (sd[a + "self_attn.o_proj.weight"], 1),
+                 b + "feed_forward.w1.weight": (sd[a + "mlp.gate_proj.weight"], 0),
+                 b + "feed_forward.w2.weight": (sd[a + "mlp.down_proj.weight"], 1),
+                 b + "feed_forward.w3.weight": (sd[a + "mlp.up_proj.weight"], 0),
+                 b + "attention_norm.weight": (sd[a + "input_layernorm.weight"], None),
+                 b + "ffn_norm.weight": (sd[a + "post_attention_layernorm.weight"], None)}
+    for s in range(shards):
+        part = {k: (w if dim is None else w.chunk(shards, dim)[s]).clone() for k, (w, dim) in full.items()}
+        torch.save(part | {"rope.freqs": torch.ones(4)}, folder / f"consolidated.{s:02d}.pth")
+    (folder / "params.json").write_text(json.dumps(dict(
+        dim=c.hidden_size, n_layers=c.num_hidden_layers, n_heads=c.num_attention_heads, n_kv_heads=c.num_key_value_heads,
+        multiple_of=32, norm_eps=c.rms_norm_eps, vocab_size=-1, max_seq_len=256)))
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_meta_checkpoint(tmp_path, shards):
+    transformers = pytest.importorskip("transformers")
+    cfg = transformers.LlamaConfig(num_hidden_layers=2, hidden_size=128, num_attention_heads=4, num_key_value_heads=2,
+                                   head_dim=32, intermediate_size=352, vocab_size=96, max_position_embeddings=256,
+                                   rms_norm_eps=1e-5, initializer_range=0.1, bos_token_id=None, eos_token_id=None)
+    hf = transformers.LlamaForCausalLM(cfg).eval()
+    as_meta(tmp_path, hf, shards)
+    prompts = make_prompts(4, 96, 30)
+    llm = LLM(str(tmp_path), device="cpu", dtype="fp32", max_model_len=128)
+    assert [o.token_ids for o in llm.generate(prompts, EXACT)] == hf_generate(hf, prompts, 24)
+
+
+def test_sharded_safetensors_and_peak_shapes(checkpoints, tmp_path):
+    """An index and several files load to the same weights."""
+    folder, hf = checkpoints["gqa8-d80-tied"]
+    hf.save_pretrained(tmp_path, max_shard_size="1MB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    one, many = (LLM(str(f), device="cpu", dtype="fp32", max_model_len=64) for f in (folder, tmp_path))
+    a, b = one.model.slots(), many.model.slots()
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_broken_checkpoints(checkpoints, tmp_path):
+    """Each error names the tensor or the file."""
+    from safetensors.torch import load_file, save_file
+    folder, _ = checkpoints["mha-d64-linear"]
+    good = load_file(folder / "model.safetensors")
+    norm = "model.layers.1.input_layernorm.weight"
+    cases = {"lacks.*" + norm: {k: v for k, v in good.items() if k != norm},
+             "unexpected.*model.extra": good | {"model.extra": torch.ones(2)},
+             norm + r" has shape \[5\].*\[256\]": good | {norm: torch.ones(5)}}
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    load = lambda: LLM(str(tmp_path), device="cpu", dtype="fp32", max_model_len=64)
+    with pytest.raises(ValueError, match="no .*safetensors"):
+        load()
+    for message, tensors in cases.items():
+        save_file(tensors, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=message):
+            load()
+    whole = (folder / "model.safetensors").read_bytes()
+    for data in (whole[:len(whole) // 2], b"not tensors at all"):
+        (tmp_path / "model.safetensors").write_bytes(data)
+        with pytest.raises(ValueError, match="model.safetensors is truncated"):
+            load()
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {norm: "gone.safetensors"}}))
+    with pytest.raises(ValueError, match="gone.safetensors .*missing"):
+        load()
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        load()
+
+
+@pytest.mark.parametrize("rope", GEOMETRIES.values(), ids=GEOMETRIES)
+def test_rope_config_of_older_transformers(rope, tmp_path):
+    """rope_theta + rope_scaling read like rope_parameters."""
+    base = dict(architectures=["LlamaForCausalLM"], model_type="llama", num_hidden_layers=1, intermediate_size=32,
+                max_position_embeddings=128, **{k: v for k, v in rope.items() if k != "rope_parameters"})
+    new = dict(rope["rope_parameters"])
+    old = dict(new)
+    theta = old.pop("rope_theta")
+    tables = []
+    for extra in (dict(rope_parameters=new), dict(rope_theta=theta, rope_scaling=old if len(old) > 1 else None),
+                  dict(rope_theta=theta, rope_scaling={"type": old["rope_type"], "factor": 1.0} | {k: v for k, v in old.items() if k != "rope_type"} if len(old) > 1 else None)):
+        (tmp_path / "config.json").write_text(json.dumps(base | extra))
+        tables.append(rope_table(load_config(str(tmp_path)), 32))
+    assert all(torch.equal(a, b) for t in tables[1:] for a, b in zip(tables[0], t))
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(architectures=["MistralForCausalLM"], model_type="mistral"), "MistralForCausalLM.*not supported"),
+    (dict(attention_bias=True), "attention_bias"), (dict(hidden_act="gelu"), "hidden_act"),
+    (dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "yarn"), (dict(num_key_value_heads=3), "multiple of 3")])
+def test_unsupported_configs(change, message, tmp_path):
+    base = dict(architectures=["LlamaForCausalLM"], num_hidden_layers=1, num_attention_heads=4, hidden_size=64,
+                intermediate_size=32, vocab_size=32)
+    (tmp_path / "config.json").write_text(json.dumps(base | change))
+    with pytest.raises(ValueError, match=message):
+        load_config(str(tmp_path))
+
+
+def test_presets_have_the_published_sizes():
+    billions = {"llama-160m": 0.162, "llama-1b": 1.236, "llama-7b": 6.738, "llama-8b": 8.030, "llama-13b": 13.016,
+                "llama-70b": 70.554}
+    for name, size in billions.items():
+        assert PRESETS[name].num_params / 1e9 == pytest.approx(size, abs=0.001)
+
+
+def test_random_weights_are_seeded_and_varied():
+    a, b, c = (LLM("tiny", device="cpu", dtype="fp32", seed=s, max_model_len=64).model for s in (3, 3, 4))
+    assert torch.equal(a.layers[2].w_down, b.layers[2].w_down) and not torch.equal(a.embed, c.embed)
+    w = torch.cat([x.flatten() for x in a.slots().values() if x.ndim == 2])
+    assert abs(w.mean()) < 1e-3 and w.std() == pytest.approx(0.02, rel=0.05)
+    assert len(torch.unique(a.embed, dim=0)) == len(a.embed)
+
+
+# ----------------------------------------------------------------------------------------------------------- attention
+
+def paged_case(rng, B, H, Hkv, D, bs, lens, dtype):
+    """Random caches with permuted tables; unused slots hold NaN. Returns arguments of paged_decode_reference."""
+    width = -(-max(lens) // bs) + 1
+    k, v = (rng.standard_normal((B * width, Hkv, bs, D), dtype=np.float32) for _ in "kv")
+    table = rng.permutation(B * width).astype(np.int32).reshape(B, width)
+    for b, n in enumerate(lens):
+        for j in range(width):
+            used = min(max(n - j * bs, 0), bs)
+            k[table[b, j], :, used:] = v[table[b, j], :, used:] = np.nan
+    if dtype == "bf16":
+        k, v = ((x.view(np.uint32) >> 16).astype(np.uint16) for x in (k, v))
+    elif dtype == "fp16":
+        k, v = (x.astype(np.float16).view(np.uint16) for x in (k, v))
+    q = rng.standard_normal((B, H, D), dtype=np.float32)
+    return q, k, v, table, np.array(lens, np.int32)
+
+
+def torch_cache(x, dtype):
+    return torch.from_numpy(x) if dtype == "fp32" else torch.from_numpy(x).view(
+        {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("H, Hkv, D, bs", [(4, 4, 64, 16), (6, 3, 80, 16), (9, 3, 96, 48), (8, 2, 128, 32),
+                                           (7, 1, 48, 16), (8, 1, 256, 16), (16, 1, 20, 8)])
+def test_cpu_attention_equals_reference(H, Hkv, D, bs, dtype, threads):
+    rng = np.random.default_rng([H, D, threads])
+    lens = [1, bs - 1, bs, bs + 1, 255, 256, 257, int(rng.integers(600, 1300))]
+    q, k, v, table, seq_lens = paged_case(rng, len(lens), H, Hkv, D, bs, lens, dtype)
+    out = np.full(q.shape, np.nan, np.float32)
+    if threads > cpu_attn.numba.config.NUMBA_NUM_THREADS:
+        pytest.skip("one core")
+    cpu_attn.set_threads(threads)
+    cpu_attn.paged_decode(q, k, v, table, seq_lens, out, D ** -0.5, dtype)
+    want = cpu_attn.paged_decode_reference(q, k, v, table, seq_lens, D ** -0.5, dtype)
+    assert np.linalg.norm(out - want) / np.linalg.norm(want) < 2e-6
+
+
+def test_cpu_attention_with_large_scores():
+    rng = np.random.default_rng(0)
+    q, k, v, table, lens = paged_case(rng, 3, 4, 2, 64, 16, [1, 300, 700], "fp32")
+    q *= 1e4 / 8
+    out = np.empty_like(q)
+    cpu_attn.paged_decode(q, k, v, table, lens, out, 1.0)
+    want = cpu_attn.paged_decode_reference(q, k, v, table, lens, 1.0)
+    assert np.isfinite(out).all() and np.linalg.norm(out - want) / np.linalg.norm(want) < 1e-3
+
+
+def test_cpu_attention_refuses_what_does_not_fit():
+    q, k, v, table, lens = paged_case(np.random.default_rng(0), 2, 4, 2, 64, 16, [5, 9], "bf16")
+    good = dict(q=q, k_cache=k, v_cache=v, block_table=table, seq_lens=lens, out=np.empty_like(q), scale=1.0)
+    for change, message in ((dict(q=q.astype(np.float64)), "q: expected float32"), (dict(q=q[:, :3].copy(),
+                            out=np.empty((2, 3, 64), np.float32)), "3 heads"), (dict(v_cache=v[:-1]), "v_cache"),
+                            (dict(block_table=table.astype(np.int64)), "block_table"), (dict(out=q[:1]), "out"),
+                            (dict(seq_lens=np.array([0, 9], np.int32)), "seq_lens.*0..9"), (dict(dtype="int8"), "int8"),
+                            (dict(seq_lens=np.array([5, 99], np.int32)), "seq_lens must lie in 1..32")):
+        with pytest.raises(ValueError, match=message):
+            cpu_attn.paged_decode(**(good | change))
+    with pytest.raises(ValueError, match="CPU threads"):
+        cpu_attn.set_threads(10 ** 6)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_store_kv(dtype):
+    rng = np.random.default_rng(0)
+    _, k, v, _, _ = paged_case(rng, 2, 2, 2, 32, 16, [40, 40], dtype)
+    new_k, new_v = (rng.integers(0, 60000, (20, 2, 32)).astype(k.dtype) for _ in "kv")
+    slots = rng.permutation(k.shape[0] * 16)[:20].astype(np.int64)
+    want_k, want_v = k.copy(), v.copy()
+    want_k[slots // 16, :, slots % 16], want_v[slots // 16, :, slots % 16] = new_k, new_v
+    cpu_attn.store_kv(new_k, new_v, k, v, slots)
+    assert k.tobytes() == want_k.tobytes() and v.tobytes() == want_v.tobytes()
+
+
+@pytest.mark.parametrize("backend", sorted(gpu_attn.BACKENDS))
+@pytest.mark.parametrize("dtype, tolerance", [("fp32", 2e-6), ("bf16", 8e-3), ("fp16", 1e-3)])
+def test_gpu_attention_equals_reference(backend, dtype, tolerance):
+    """store + prefill of a ragged batch, and paged decode, against float64."""
+    rng, attn = np.random.default_rng(5), gpu_attn.BACKENDS[backend]()
+    H, Hkv, D, bs, lens = 6, 2, 48, 16, [1, 37, 16]
+    q, k, v, table, seq_lens = paged_case(rng, 3, H, Hkv, D, bs, lens, dtype)
+    k, v = np.where(np.isnan(cpu_attn.to_float64(k, dtype)), 0, k).astype(k.dtype), \
+        np.where(np.isnan(cpu_attn.to_float64(v, dtype)), 0, v).astype(v.dtype)  # the engine's GPU tier holds no NaN
+    tk, tv = torch_cache(k, dtype), torch_cache(v, dtype)
+    tq = torch.from_numpy(q).to(tk.dtype)
+    out = torch.full_like(tq, float("nan"))
+    attn.decode(tq, tk, tv, torch.from_numpy(table[:, :3].copy()), torch.from_numpy(seq_lens), D ** -0.5, out)
+    want = cpu_attn.paged_decode_reference(tq.float().numpy(), k, v, table, seq_lens, D ** -0.5, dtype)
+    assert np.linalg.norm(out.float().numpy() - want) / np.linalg.norm(want) < tolerance
+
+    n = sum(lens)
+    rows = [torch.from_numpy(rng.standard_normal((n, h, D), dtype=np.float32)).to(tk.dtype) for h in (H, Hkv, Hkv)]
+    out = torch.full_like(rows[0], float("nan"))
+    attn.prefill(*rows, lens, D ** -0.5, out)
+    slots = np.concatenate([table[b, np.arange(m) // bs].astype(np.int64) * bs + np.arange(m) % bs
+                            for b, m in enumerate(lens)])
+    attn.store(rows[1], rows[2], tk, tv, torch.from_numpy(slots))
+    start = 0
+    for b, m in enumerate(lens):                # causal prefill = a decode of every row over the rows up to it
+        every = np.arange(1, m + 1, dtype=np.int32)
+        want = cpu_attn.paged_decode_reference(rows[0][start:start + m].float().numpy(), k, v,
+                                               np.repeat(table[b:b + 1], m, 0), every, D ** -0.5, dtype)
+        got = out[start:start + m].float().numpy()
+        assert np.linalg.norm(got - want) / np.linalg.norm(want) < tolerance
+        start += m
+
+
+# ------------------------------------------------------------------------------------------------- cache and scheduler
+
+def test_cache_accounting_catches_a_leak_and_a_shared_block():
+    kv = KVCache((1, 1, 8), 4, 6, 6, 64, torch.float32, torch.device("cpu"))
+    kv.reserve("a", "gpu", 9)
+    kv.reserve("b", "cpu", 4)
+    kv.check()
+    kv.sequences["a"].blocks.append(kv.sequences["a"].blocks[0])
+    with pytest.raises(AssertionError, match="gpu tier"):
+        kv.check()
+    kv.sequences["a"].blocks.pop()
+    kv.cpu.free.pop()
+    with pytest.raises(AssertionError, match="cpu tier"):
+        kv.check()
+    with pytest.raises(AssertionError, match="scheduler bug"):
+        kv.reserve("a", "gpu", 400)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_swap_moves_the_bits(dtype):
+    kv = KVCache((2, 3, 8), 4, 8, 8, 64, dtype, torch.device("cpu"))
+    kv.reserve("x", "cpu", 3)                   # so that block numbers differ between the tiers
+    kv.reserve("a", "gpu", 9)
+    kv.gpu.k.copy_(torch.randn(kv.gpu.k.shape))
+    kv.gpu.v.copy_(torch.randn(kv.gpu.v.shape))
+    before = [t[:, kv.sequences["a"].blocks].clone() for t in (kv.gpu.k, kv.gpu.v)]
+    assert kv.swap(["a"], "cpu") == 3
+    kv.check()
+    assert all(torch.equal(t[:, kv.sequences["a"].blocks], b) for t, b in zip((kv.cpu.k, kv.cpu.v), before))
+    kv.gpu.k.zero_(), kv.gpu.v.zero_()
+    kv.swap(["a"], "gpu")
+    kv.check()
+    assert all(torch.equal(t[:, kv.sequences["a"].blocks], b) for t, b in zip((kv.gpu.k, kv.gpu.v), before))
+
+
+@pytest.fixture(scope="module")
+def tiny_llms():
+    """strategy -> an LLM so small in memory that random traffic fills both tiers."""
+    return {s: LLM("tiny", s, device="cpu", dtype="fp32", gpu_blocks=10, max_model_len=150,
+                   cpu_mem=blocks_to_gib(PRESETS["tiny"], 14)) for s in STRATEGIES}
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+@settings(max_examples=int(os.environ.get("NEO_EXAMPLES", 15)), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_random_traffic_keeps_the_invariants(tiny_llms, strategy, data):
+    """add, step, abort, a failing step, in any order: no block lost or shared, every request ends, CPU-tier requests move
+    at least once in MAX_WAIT iterations, running GPU requests in every one."""
+    llm = tiny_llms[strategy]
+    for i in list(llm.outputs):                 # left by an example that failed
+        llm.abort(i)
+    llm.reset(strategy)
+    if strategy == "neo":
+        llm.perf = llm.scheduler.perf = FixedPerf(cpu=data.draw(st.sampled_from([0.01, 0.3, 5.0])))
+    seen, last = {}, {}
+
+    def step():
+        running = {t: {r.id for r in llm.scheduler.decodes(t)} for t in ("gpu", "cpu")}
+        moved = {o.request_id for o in llm.step()}
+        for i in running["gpu"] & set(llm.outputs):
+            r = llm.requests[i]
+            assert i in moved or r.tier != "gpu"                 # preempted, or swapped out and waiting its turn
+        for i in moved:
+            last[i] = llm.scheduler.iteration
+        for r in llm.scheduler.decodes("cpu"):
+            assert llm.scheduler.iteration - last[r.id] < MAX_WAIT
+
+    def invariants():
+        llm.kv.check()
+        for tier in ("gpu", "cpu"):
+            total = llm.scheduler.num_blocks[tier]
+            held = sum(len(s.blocks) for s in llm.kv.sequences.values() if s.tier == tier)
+            assert total - llm.scheduler.free[tier] == held
+
+    for op in data.draw(st.lists(st.sampled_from(["add", "add", "step", "step", "step", "abort", "fail"]), max_size=40)):
+        if op == "add":
+            n = data.draw(st.integers(1, 140))
+            p = SamplingParams(max_tokens=data.draw(st.integers(1, 60)), ignore_eos=data.draw(st.booleans()))
+            i = llm.add_request([j % 512 for j in range(n)], p)
+            seen[i] = llm.outputs[i]
+        elif op == "step":
+            step()
+        elif op == "abort" and llm.outputs:
+            i = data.draw(st.sampled_from(sorted(llm.outputs)))
+            assert llm.abort(i).finish_reason == "abort"
+        elif op == "fail" and llm.outputs:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(llm.model.attn, "store", lambda *a: 1 / 0)
+                patch.setattr(cpu_attn, "store_kv", lambda *a: 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    llm.step()
+        invariants()
+    for _ in range(3000):
+        if not llm.outputs:
+            break
+        step()
+    invariants()
+    assert not llm.outputs and not llm.kv.sequences
+    assert all(o.finish_reason in ("length", "stop", "abort") for o in seen.values())
+
+
+def test_a_failing_step_aborts_its_requests_only():
+    llm = LLM("tiny", "gpu-only", device="cpu", dtype="fp32", gpu_blocks=4, max_model_len=64)
+    ids = [llm.add_request([1] * 30, SamplingParams(max_tokens=20, ignore_eos=True)) for _ in range(3)]
+    outs = [llm.outputs[i] for i in ids]
+    llm.step()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llm.model.attn, "decode", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            llm.step()
+    assert outs[0].finish_reason == "abort" and outs[-1].finish_reason is None
+    while llm.outputs:
+        llm.step()
+    assert outs[-1].finish_reason == "length" and len(outs[-1].token_ids) == 20
+    llm.kv.check()
+
+
+def simulate(strategy, requests, gpu_blocks, cpu_blocks, perf=None, limit=10 ** 5):
+    """Run a scheduler alone, without a model: every row gets token 7. Returns it, and its plans."""
+    s = Scheduler(strategy, {"gpu": gpu_blocks, "cpu": cpu_blocks}, 16, 2048, 2048, perf)
+    for i, (n, out) in enumerate(requests):
+        s.add(Request(i, [0] * n, out, exact=True))
+    plans = []
+    while s.waiting or not s.idle:
+        plans.append(s.plan())
+        assert plans[-1].requests, "an iteration without rows"
+        rows = [(len(b.prefill), len(b.gpu), len(b.cpu)) for b in plans[-1].batches]
+        plans[-1].rows = rows
+        s.commit(plans[-1], [7] * len(plans[-1].requests))
+        assert len(plans) < limit
+    return s, plans
+
+
+def test_gpu_only_does_not_thrash():
+    """More waiting requests neither preempt anybody nor lengthen the run of those before them."""
+    rng = random.Random(0)
+    requests = [(rng.randrange(100, 500), rng.randrange(5, 100)) for _ in range(200)]
+    few, many = (simulate("gpu-only", requests[:n], 80, 0)[0] for n in (50, 200))
+    assert few.stats["preemptions"] == many.stats["preemptions"] == 0
+    rows = [s.stats["rows"] / s.stats["iterations"] for s in (few, many)]
+    assert rows[1] >= 0.95 * rows[0]
+
+
+def test_gpu_only_admits_all_that_fits():
+    """Two requests of 27 blocks at their longest fill 54 exactly; the third enters when the first leaves."""
+    _, plans = simulate("gpu-only", [(372, 60), (372, 60), (372, 60)], 54, 0)
+    assert plans[0].rows == [(2, 0, 0)] and max(sum(r[0]) for r in (p.rows for p in plans)) == 2
+    assert len(plans) == 120
+
+
+def test_neo_equals_gpu_only_when_everything_fits_or_the_cpu_is_useless():
+    requests = [(100, 30)] * 12
+    base = [p.rows for p in simulate("gpu-only", requests, 500, 0)[1]]
+    assert [p.rows for p in simulate("neo", requests, 500, 500, FixedPerf())[1]] == base
+    base = [p.rows for p in simulate("gpu-only", requests, 30, 0)[1]]
+    assert [p.rows for p in simulate("neo", requests, 30, 500, FixedPerf(cpu=1e6))[1]] == base
+
+
+def test_neo_pipelines_when_the_cpu_is_slow_enough_to_hide():
+    s, plans = simulate("neo", [(100, 30)] * 40, 30, 500, FixedPerf(cpu=0.1))
+    assert s.stats["pipelined_iterations"] > 5
+    for p in plans:
+        if len(p.rows) == 2:
+            a, b = (batch.load(s.perf) for batch in p.batches)
+            assert b.cpu <= a.linear + a.gpu + 1e-9 and not (p.batches[1].prefill or p.batches[1].gpu)
+
+
+def test_a_request_longer_than_the_gpu_tier_is_served_by_neo_and_refused_by_gpu_only():
+    assert simulate("neo", [(300, 20)], 4, 100, FixedPerf(cpu=1e6))[0].stats["cpu_prefills"] == 1
+    with pytest.raises(ValueError, match="300 tokens.*limit is 64"):
+        simulate("gpu-only", [(300, 20)], 4, 0)
+
+
+def test_layer_formula():
+    a, b = Load(4.0, 1.0, 2.0), Load(1.0, 0.0, 7.0)
+    assert layer_ms(a) == 6.0 and layer_ms(a._replace(cpu=0.5)) == 5.0
+    assert layer_ms(a, b) == 9.0                        # CPU: 2 + 7
+    assert layer_ms(a, b._replace(cpu=1.0)) == 6.0      # GPU: 4 + 1 + 1
+    assert layer_ms(a, Load(3.0, 0.0, 6.5)) == 9.5      # B's own chain
+
+
+def test_profile_interpolates_fits_and_learns():
+    p = Profile({"linear": [[1, 2.0], [4, 2.0], [8, 4.0]], "head": [[1, 1.0]],
+                 "prefill": [[n, 1 + 0.1 * n + 0.01 * n * n] for n in (1, 10, 50, 100)],
+                 "gpu_decode": [[100, 1.0], [200, 2.0]], "transfer": [[10, 1.0], [20, 1.5]],
+                 "cpu_decode": [[n, kv, 0.5 + 0.1 * n + 0.02 * kv] for n in (1, 4) for kv in (100, 900)]}, 2, 64)
+    assert [p.linear(n) for n in (1, 3, 6, 10)] == [2.0, 2.0, 3.0, 5.0]
+    assert p.prefill([20]) == pytest.approx(7.0) and p.gpu_decode(150) == pytest.approx(1.5)
+    assert p.cpu_decode(2, 500) == pytest.approx(10.7) and p.transfer(30) == pytest.approx(2.0)
+    want = p.iteration([p.load(4)], [1])
+    assert want == (5.0, 5.0, 0.0)
+    for _ in range(100):
+        p.observe(p.iteration([p.load(4)], [1]), Prediction(13.0, 10.0, 0.0))
+    assert p.iteration([p.load(4)], [1]).total == pytest.approx(13.0, rel=0.02)
+
+
+# ------------------------------------------------------------------------------------------------------------ the loop
+
+@pytest.fixture(scope="module")
+def tiny():
+    return LLM("tiny", "neo", device="cpu", dtype="fp32", gpu_blocks=8, max_model_len=128)
+
+
+def test_sampling_is_seeded_and_independent_of_the_batch(tiny):
+    prompts = make_prompts(6, 512, 40, seed=3)
+    params = [SamplingParams(max_tokens=12, temperature=1.5, top_p=0.9, seed=i) for i in range(6)]
+    together = [o.token_ids for o in tiny.generate(prompts, params)]
+    alone = [tiny.generate([p], s)[0].token_ids for p, s in zip(prompts, params)]
+    assert together == alone
+    assert tiny.generate([prompts[0]], dataclasses.replace(params[0], seed=99))[0].token_ids != alone[0]
+
+
+def test_sampling_filters():
+    class Out:
+        def __init__(self, **kw):
+            self.params, self.rng = SamplingParams(**kw), random.Random(0)
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).log_softmax(-1)
+    draw = lambda n=4000, **kw: np.bincount(sample(logits.expand(n, 4), [Out(**kw)] * n), minlength=4) / n
+    assert draw().tolist() == [1, 0, 0, 0] and draw(temperature=1.0, top_k=1)[0] == 1
+    assert draw(temperature=1.0, top_p=0.1)[0] == 1
+    probs = logits.exp()[0].numpy()
+    assert np.abs(draw(temperature=1.0) - probs).max() < 0.03
+    assert np.abs(draw(temperature=1.0, top_k=2) - probs * [1, 1, 0, 0] / probs[:2].sum()).max() < 0.03
+    assert np.abs(draw(temperature=1.0, top_p=0.8) - probs * [1, 1, 0, 0] / probs[:2].sum()).max() < 0.03
+    assert np.abs(draw(temperature=0.5) - probs ** 2 / (probs ** 2).sum()).max() < 0.03
+
+
+def test_step_api_streams_and_aborts(tiny):
+    assert tiny.step() == []
+    a, b = (tiny.add_request([1, 2, 3], SamplingParams(max_tokens=5, ignore_eos=True), request_id=x) for x in "ab")
+    lengths = []
+    while tiny.outputs:
+        for out in tiny.step():
+            lengths.append((out.request_id, len(out.token_ids)))
+        if len(lengths) == 4:
+            assert tiny.abort(b).finish_reason == "abort"
+    assert [n for i, n in lengths if i == a] == [1, 2, 3, 4, 5] and [n for i, n in lengths if i == b] == [1, 2]
+    assert tiny.abort(b) is None
+    tiny.kv.check()
+
+
+def test_bad_requests_are_refused_and_the_others_go_on(tiny):
+    good = tiny.add_request([5, 6], SamplingParams(max_tokens=3, ignore_eos=True), request_id="good")
+    out = tiny.outputs[good]
+    for prompt, message in (([], "empty"), ("", "tokenizer"), ("text", "tokenizer"), ([1, 512], "512.*0..511"),
+                            ([-1], "-1.*0..511"), ([1] * 128, "128 tokens.*128")):
+        with pytest.raises(ValueError, match=message):
+            tiny.add_request(prompt)
+    with pytest.raises(ValueError, match="'good' is in flight"):
+        tiny.add_request([1], request_id="good")
+    with pytest.raises(ValueError, match="prompt 1: .*empty"):
+        tiny.generate([[1], []])
+    with pytest.raises(RuntimeError, match="in flight"):
+        tiny.reset("neo")
+    for kwargs, message in ((dict(max_tokens=0), "max_tokens = 0"), (dict(temperature=-1), "temperature"),
+                            (dict(top_p=0), "top_p"), (dict(top_k=-1), "top_k"), (dict(stop=""), "stop")):
+        with pytest.raises(ValueError, match=message):
+            SamplingParams(**kwargs)
+    while tiny.outputs:
+        tiny.step()
+    assert out.finish_reason == "length" and len(out.token_ids) == 3
+    # the length limit ends a request that asks for more
+    assert len(tiny.generate([[1] * 120], SamplingParams(max_tokens=100, ignore_eos=True))[0].token_ids) == 8
+
+
+@pytest.mark.parametrize("kwargs, message", [
+    (dict(model="llama-9b"), "unknown model 'llama-9b'.*llama-8b"), (dict(strategy="nemo"), "unknown strategy.*neo"),
+    (dict(dtype="int8"), "dtype 'int8'"), (dict(device="tpu"), "device 'tpu'"), (dict(model="llama-70b"), "do not fit"),
+    (dict(gpu_mem=1e-6), "--gpu-mem"), (dict(gpu_blocks=10 ** 9), "GPU tier.*does not fit"),
+    (dict(cpu_mem=10 ** 6), "CPU tier.*does not fit"), (dict(gpu_blocks=0), "gpu_blocks = 0"),
+    (dict(cpu_mem=-1), "cpu_mem"), (dict(max_model_len=10 ** 6), "512 positions"), (dict(cpu_threads=10 ** 4), "cpu_threads"),
+    (dict(max_model_len=256, max_batch_tokens=100), "max_batch_tokens"), (dict(cpu_mem=0), "CPU tier"),
+    (dict(strategy="gpu-only", gpu_blocks=4, max_model_len=100), "holds 64"), (dict(simulate="t4"), "simulate")])
+def test_engine_errors_name_value_limit_and_way_out(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        LLM(**({"model": "tiny", "device": "cpu"} | kwargs))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_asked_for_without_cuda():
+    with pytest.raises(ValueError, match="--device cpu"):
+        LLM("tiny", device="cuda")
+
+
+def test_pipelining_overlaps_cpu_attention_with_gpu_work(tmp_path):
+    """From the timeline's own records: while the CPU attends for one sub-batch, the GPU works on the other."""
+    llm = LLM("llama-160m", "symmetric", device="cpu", max_model_len=512)
+    records = []
+    llm.on_iteration = lambda r, start, end: records.extend(("symmetric", *x) for x in r)
+    llm.generate([[1] * 200] * 8, SamplingParams(max_tokens=4, ignore_eos=True))
+    gpu = [r for r in records if r[1] == "gpu"]
+    cpu = [r for r in records if r[1] == "cpu"]
+    both = sum(max(0.0, min(c[6], g[6]) - max(c[5], g[5])) for c in cpu for g in gpu if c[4] != g[4])
+    own = sum(max(0.0, min(c[6], g[6]) - max(c[5], g[5])) for c in cpu for g in gpu
+              if c[4] == g[4] and c[3] == g[3] and g[2] == "linear")
+    assert own == 0.0                                    # an attention never runs before its own q, k and v exist
+    assert both > 0.3 * sum(c[6] - c[5] for c in cpu)    # scheduling noise aside it is nearly all of it
+    bench.write_trace(tmp_path / "t.json", records)
+    events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    assert {e["name"] for e in events if e["ph"] == "X"} >= {"linear 0A", "attend 1B", "cpu_attend 3A", "linear 12B"}
+    assert {e["args"]["name"] for e in events if e["name"] == "thread_name"} == {"GPU", "CPU"}
+
+
+def test_a_strategy_of_ones_own():
+    """What the README shows: a class with one method, registered by name."""
+    from scheduler import strategy
+
+    @strategy("test-cpu-only")
+    class CpuOnly:
+        tiers = ("cpu",)
+
+        def form(self, s, plan):
+            s.admit(plan, self.tiers)
+            return [Batch(plan.prefill, (), s.decodes("cpu"))]
+    try:
+        prompts = make_prompts(4, 512, 40)
+        run = lambda name: [o.token_ids for o in
+                            LLM("tiny", name, device="cpu", dtype="fp32", max_model_len=128).generate(prompts, EXACT)]
+        assert run("test-cpu-only") == run("gpu-only")
+    finally:
+        del STRATEGIES["test-cpu-only"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- text
+
+@pytest.fixture(scope="module")
+def text_models(tmp_path_factory):
+    """Folders of tiny's geometry with a sentencepiece and with a tokenizers tokenizer, trained on the spot."""
+    import sentencepiece
+    from safetensors.torch import save_file
+    source = LLM("tiny", device="cpu", dtype="fp32", max_model_len=64).model
+    config = dict(architectures=["LlamaForCausalLM"], num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+                  hidden_size=64, intermediate_size=128, vocab_size=512, max_position_embeddings=512, head_dim=16,
+                  eos_token_id=2, rms_norm_eps=1e-5)
+    text = Path(__file__).read_text() + Path(bench.__file__).read_text() + "naïve café 東京 \n"
+    folders = {}
+    for kind in ("sentencepiece", "tokenizers"):
+        folder = folders[kind] = tmp_path_factory.mktemp(kind)
+        (folder / "config.json").write_text(json.dumps(config))
+        save_file({k: v.contiguous().clone() for k, v in source.slots().items()}, folder / "model.safetensors")
+    (folders["sentencepiece"] / "corpus.txt").write_text(text)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folders["sentencepiece"] / "corpus.txt"), model_prefix=str(folders["sentencepiece"] / "tokenizer"),
+        vocab_size=512, byte_fallback=True, character_coverage=0.98, minloglevel=2)
+    tokenizers = pytest.importorskip("tokenizers")
+    tok = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tok.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = tokenizers.decoders.ByteLevel()
+    tok.train_from_iterator([text], tokenizers.trainers.BpeTrainer(
+        vocab_size=512, show_progress=False, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    tok.save(str(folders["tokenizers"] / "tokenizer.json"))
+    return folders
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "tokenizers"])
+def test_text_streams_and_stops(text_models, kind):
+    folder = str(text_models[kind])
+    llm = LLM(folder, device="cpu", dtype="fp32", max_model_len=200)
+    tok = load_tokenizer(folder)
+    long = SamplingParams(max_tokens=60, temperature=1.0, seed=1, ignore_eos=True)
+    out = llm.outputs[llm.add_request("the scheduler", long)]
+    pieces = [""]
+    while llm.outputs:
+        llm.step()
+        assert out.text.startswith(pieces[-1])
+        pieces.append(out.text)
+    whole, prompt = tok.decode(out.prompt_token_ids + out.token_ids), tok.decode(out.prompt_token_ids)
+    assert len(pieces) > 10 and out.text.replace("\ufffd", "").strip() in whole.replace("\ufffd", "")
+    assert whole.startswith(prompt)
+
+    start = len(out.text) // 2
+    stop = next(out.text[i:i + 3] for i in range(start, len(out.text)) if "\ufffd" not in out.text[i:i + 3])
+    cut = llm.generate(["the scheduler"], dataclasses.replace(long, stop=[stop]))[0]
+    assert cut.text == out.text[:out.text.find(stop)] and cut.finish_reason == "stop"
+    assert len(cut.token_ids) < 60 and out.token_ids[:len(cut.token_ids)] == cut.token_ids
+    with pytest.raises(ValueError, match="empty"):
+        llm.add_request("")
+
+
+def test_tokenizers_package_missing_is_named(text_models, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError, match="pip install tokenizers"):
+        load_tokenizer(str(text_models["tokenizers"]))
+
+
+def run_script(*argv):
+    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=300,
+                          cwd=Path(__file__).parent)
+
+
+def test_command_line(text_models):
+    argv = ["neo.py", "--model", str(text_models["sentencepiece"]), "--device", "cpu", "--dtype", "fp32", "--max-model-len",
+            "200"]
+    done = run_script(*argv, "--prompt", "the scheduler", "--max-tokens", "12", "--ignore-eos", "--verbose")
+    want = LLM(argv[2], device="cpu", dtype="fp32", max_model_len=200).generate(
+        ["the scheduler"], SamplingParams(max_tokens=12, ignore_eos=True))[0]
+    assert done.returncode == 0 and done.stdout == want.text
+    assert done.stderr.count("iteration ") == 12 and "predicted" in done.stderr and "KV budget" in done.stderr
+    ids = run_script("neo.py", "--model", "tiny", "--device", "cpu", "--token-ids", "1 2 3", "--max-tokens", "4")
+    assert len(ids.stdout.split()) <= 4 and "random weights" in ids.stderr
+    for extra, message in ((["--prompt", ""], "empty"), (["--prompt", "x", "--max-tokens", "0"], "max_tokens = 0"),
+                           (["--prompt", "x", "--strategy", "none"], "unknown strategy"),
+                           (["--prompt", "x", "--no-such-flag"], "no-such-flag")):
+        done = run_script(*argv, *extra)
+        assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------- benchmark
+
+VLLM_KEYS = ["duration", "completed", "failed", "total_input_tokens", "total_output_tokens", "request_throughput",
+             "output_throughput", "total_token_throughput",
+             *(f"{s}_{m}_ms" for m in ("ttft", "tpot", "itl", "e2el") for s in ("mean", "median", "p99"))]
+OUR_KEYS = ["kv_budget_gpu_tokens", "kv_budget_cpu_tokens", "mean_batch_size", "gpu_busy", "cpu_busy", "iterations",
+            "pipelined_iterations", "cpu_decode_tokens", "swapped_blocks", "preemptions", "per_token_latency_ms"]
+
+
+def test_bench_end_to_end(tmp_path, capsys):
+    files = {k: str(tmp_path / f"{k}.json") for k in ("result", "timeline")}
+    bench.main(["--model", "tiny", "--device", "cpu", "--dtype", "fp32", "--strategies", "gpu-only,serial,symmetric,neo",
+                "--num-prompts", "12", "--input-len", "60", "--output-len", "12", "--request-rate", "200",
+                "--result-filename", files["result"], "--timeline", files["timeline"], "--repeats", "2"])
+    text = capsys.readouterr().out
+    saved = json.loads(Path(files["result"]).read_text())
+    assert list(saved["results"]) == ["gpu-only", "serial", "symmetric", "neo"] and "config" in saved
+    for r in saved["results"].values():
+        assert not set(VLLM_KEYS + OUR_KEYS) - r.keys()
+        assert r["completed"] == 12 and r["failed"] == 0 and r["rounds"] == 2
+        assert r["duration"] > 0 and 0 < r["gpu_busy"] <= 1 and r["mean_ttft_ms"] <= r["mean_e2el_ms"]
+        assert r["total_output_tokens"] == saved["results"]["neo"]["total_output_tokens"]
+    assert saved["results"]["gpu-only"]["kv_budget_cpu_tokens"] == 0 < saved["results"]["neo"]["kv_budget_cpu_tokens"]
+    assert "neo / gpu-only:" in text and "KV budget" in text and "fewer than 20" in text and "random weights" in text
+    assert text.count("agree on 12 of 12 requests") == 3         # float32: exactly the same tokens
+    assert json.loads(Path(files["timeline"]).read_text())["traceEvents"]
+
+
+def test_bench_survives_ctrl_c(tmp_path, monkeypatch, capsys):
+    steps, step = [], LLM.step
+
+    def interrupted(self):
+        steps.append(1)
+        if len(steps) == 40:
+            raise KeyboardInterrupt
+        return step(self)
+    monkeypatch.setattr(LLM, "step", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        bench.main(["--model", "tiny", "--device", "cpu", "--strategies", "gpu-only,neo", "--num-prompts", "30",
+                    "--input-len", "40", "--output-len", "8", "--result-filename", str(tmp_path / "r.json")])
+    result = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert list(result) == ["gpu-only"] and 0 < result["gpu-only"]["completed"] < 30 and result["gpu-only"]["interrupted"]
+    assert "interrupted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", bench.FIGURES)
+def test_drawn_lengths_meet_the_published_figures(name):
+    for figures in bench.FIGURES[name]:
+        mean, p50, p90, p99, top, least = figures
+        x = np.array(bench.draw_lengths(figures, 200_000, np.random.default_rng(0)))
+        assert x.mean() == pytest.approx(mean, rel=0.02) and x.max() <= top and x.min() >= least
+        for share, value in ((0.5, p50), (0.9, p90), (0.99, p99)):
+            assert (x < value).mean() <= share + 0.005 and (x <= value).mean() >= share - 0.005
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="no traces here")
+@pytest.mark.parametrize("file, name", [("osc_lengths.json", "osc"), ("azure_code.csv", "azure-code")])
+def test_traces_have_the_published_figures(file, name):
+    pairs = np.array(bench.read_lengths(DATA / file))
+    for column, (mean, p50, _, _, top, least) in zip(pairs.T, bench.FIGURES[name]):
+        assert column.mean() == pytest.approx(mean, rel=1e-3) and abs(np.median(column) - p50) <= 1
+        assert column.max() == top and column.min() == least
+
+
+def test_workload_files_and_clipping(tmp_path):
+    (tmp_path / "a.csv").write_text("TIMESTAMP,ContextTokens,GeneratedTokens\nx,100,7\ny,3,0\nz,20,90\n")
+    assert bench.read_lengths(tmp_path / "a.csv") == [(100, 7), (20, 90)]
+    for text in ("ContextTokens\n5\n", "[1, 2]", ""):
+        (tmp_path / "bad").write_text(text)
+        with pytest.raises(ValueError, match="bad: no"):
+            bench.read_lengths(tmp_path / "bad")
+    assert bench.fit_requests([100, 20, [1] * 100], [7, 90, 10], 64) == ([57, 20, [1] * 54], [7, 44, 10], 3)
+    class Words:
+        encode = staticmethod(lambda text: list(range(len(text.split()))))
+    turn = lambda *texts: {"conversations": [{"value": t} for t in texts]}
+    (tmp_path / "s.json").write_text(json.dumps([turn("a b c", "d e"), turn("alone"), turn("", "x")]))
+    assert bench.read_sharegpt(tmp_path / "s.json", Words) == [([0, 1, 2], 2)]
+    with pytest.raises(ValueError, match="tokenizer"):
+        bench.read_sharegpt(tmp_path / "s.json", None)
+
+
+def test_bench_rejects_bad_flags():
+    for argv, message in ((["--model", "llama-9b"], "unknown model"), (["--strategies", "gpu-only,none"], "unknown strategy"),
+                          (["--num-prompts", "0"], "--num-prompts"), (["--dataset-name", "lengths"], "--dataset-path"),
+                          (["--frobnicate"], "frobnicate"), (["--dataset-name", "lengths", "--dataset-path", "/no"], "/no")):
+        done = run_script("bench.py", *(argv if "--model" in argv else ["--model", "tiny", *argv]))
+        assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
