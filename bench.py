@@ -21,7 +21,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from neo import BLOCK_SIZE, ENGINE_ARGS, LLM, SamplingParams, add_engine_args, load_config, load_tokenizer, resolve_device
+from checkpoint import load_config, load_tokenizer
+from neo import ENGINE_ARGS, LLM, SamplingParams, add_engine_args
+from startup import BLOCK_SIZE, resolve_device
 
 # tokens in, then out: mean, p50, p90, p99, max, and the least (of the trace where there is one)
 FIGURES = {
@@ -344,7 +346,7 @@ def card(llm, work, args):
             f"chosen     device {chosen}, dtype {'by auto' if args.dtype == 'auto' else 'asked for'}, seed {args.seed}\n"
             f"workload   {len(ins)} requests: {work.source}; in {min(ins)}..{max(ins)} (mean {statistics.fmean(ins):.1f}), "
             f"out {min(outs)}..{max(outs)} (mean {statistics.fmean(outs):.1f}); {rate}; {work.clipped} clipped to the "
-            f"limit of {llm.max_model_len} tokens")
+            f"limit of {llm.budget.max_model_len} tokens")
 
 
 def main(argv=None):
@@ -372,7 +374,7 @@ def main(argv=None):
     if args.save_result or args.result_filename:
         path = args.result_filename or f"{Path(args.model).name}-{args.dataset_name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
         config = {**vars(args), "request_rate": str(args.request_rate), "command": shlex.join(sys.argv),
-                  "card": card(llm, work, args).splitlines(), "max_model_len": llm.max_model_len}
+                  "card": card(llm, work, args).splitlines(), "max_model_len": llm.budget.max_model_len}
         Path(path).write_text(json.dumps({"config": config, "results": results}, indent=1))
         print(f"result: {path}")
     if args.timeline:

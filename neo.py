@@ -9,35 +9,22 @@
 The one loop is `LLM.step`: plan, forward, sample, commit. Knows no kernels, no blocks, not how a plan is made.
 """
 import argparse
-import hashlib
-import json
-import os
 import random
 import statistics
 import sys
 import time
-import warnings
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-import cpu_attn
+from checkpoint import load_config, load_tokenizer
 from kvcache import KVCache
-from model import DTYPES, Model, load_config
-from perfmodel import Prediction, Profile, load_profile, save_profile
-from scheduler import STRATEGIES, Batch, Request, Scheduler
-
-GIB = 1 << 30
-BLOCK_SIZE = 16                # tokens per block, the paper's
-MAX_MODEL_LEN = 8192           # cap of the default; longer only if asked for
-MAX_BATCH_TOKENS = 2048        # default prompt tokens per iteration, at least max_model_len
-EMULATED_GPU_TOKENS = 2048     # default KV budget of the emulated GPU: small, as the point is a GPU short of memory
-CUDA_SHARE = 0.9               # of free GPU memory, by default
-PROFILE_VERSION = 1            # of the measured profile: change it when what is measured changes
-PROFILE_DIR = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "neo"
+from model import Model
+from perfmodel import Prediction, Profile
+from scheduler import STRATEGIES, Request, Scheduler
+from startup import BLOCK_SIZE, device_name, fmt_gib, plan_budget, profile_samples, resolve_device, resolve_dtype, \
+    resolve_threads
 
 
 @dataclass
@@ -75,42 +62,6 @@ class RequestOutput:
     decoder: object = field(default=None, repr=False)           # tokens -> text, if there is a tokenizer
 
 
-# --------------------------------------------------------------------------------------------------------- tokenizer
-
-class Tokenizer:
-    """`tokenizer.model` through sentencepiece, or `tokenizer.json` through the optional package tokenizers."""
-
-    def __init__(self, path):
-        self.sp = self.hf = None
-        if (path / "tokenizer.json").is_file():
-            try:
-                import tokenizers
-                self.hf = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
-                return
-            except ImportError:
-                if not (path / "tokenizer.model").is_file():
-                    raise ValueError(f"{path}/tokenizer.json needs the package tokenizers: pip install tokenizers (or "
-                                     "give prompts as token ids)") from None
-        import sentencepiece
-        try:
-            self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"{path}/tokenizer.model is not a sentencepiece model ({error})") from None
-
-    def encode(self, text):
-        """Text -> token ids, with the begin-of-text id the model was trained with."""
-        return self.hf.encode(text).ids if self.hf else self.sp.encode(text, add_bos=True)
-
-    def decode(self, ids):
-        return self.hf.decode(ids) if self.hf else self.sp.decode(ids)
-
-
-def load_tokenizer(model):
-    """The tokenizer beside a checkpoint, or None."""
-    path = Path(model)
-    return Tokenizer(path) if any((path / f).is_file() for f in ("tokenizer.json", "tokenizer.model")) else None
-
-
 class StreamDecoder:
     """Token ids -> text, piece by piece. Decodes the tail twice, without and with the new tokens, and hands out the
     difference once it ends in a whole character; the tail starts where text was last handed out."""
@@ -125,48 +76,6 @@ class StreamDecoder:
             return ""
         self.start, self.shown = self.shown, len(ids)
         return new[len(old):]
-
-
-# ---------------------------------------------------------------------------------------------------- what fits where
-
-def host_memory():
-    """Bytes of host memory that are free to use."""
-    try:
-        with open("/proc/meminfo") as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def resolve_device(device):
-    if device not in ("auto", "cuda", "cpu"):
-        raise ValueError(f"device {device!r}: must be auto, cuda or cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda', but torch sees no CUDA GPU: use --device cpu, which plays the GPU with a thread")
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def resolve_dtype(dtype, cfg, device):
-    """auto: the checkpoint's on CUDA, as far as the GPU has it; on a CPU bf16 where instructions make it fast."""
-    if dtype not in ("auto", *DTYPES):
-        raise ValueError(f"dtype {dtype!r}: must be auto, {', '.join(DTYPES)}")
-    if dtype != "auto":
-        return DTYPES[dtype]
-    if device.type == "cuda":
-        no_bf16 = torch.cuda.get_device_capability()[0] < 8
-        return torch.float16 if cfg.dtype == "bf16" and no_bf16 else DTYPES[cfg.dtype]
-    return torch.bfloat16 if cpu_has_bf16() else torch.float32
-
-
-def cpu_has_bf16():
-    """Does this CPU multiply bf16 matrices faster than float32 ones?"""
-    from llvmlite import binding
-    features = binding.get_host_cpu_features()
-    return any(features.get(f) for f in ("avx512bf16", "amx-bf16", "bf16"))
-
-
-def fmt_gib(n):
-    return f"{n / GIB:.2f} GiB"
 
 
 # --------------------------------------------------------------------------------------------------------- the engine
@@ -199,111 +108,22 @@ class LLM:
         self.cfg = cfg = load_config(self.name)
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, cfg, self.device)
-        self.block_size = block_size or BLOCK_SIZE
-        self.verbose, self.on_iteration = False, None
-        self._threads(gpu_threads, cpu_threads)
-        self._budget(strategy, gpu_mem, gpu_blocks, cpu_mem, max_model_len, max_batch_tokens)
+        cores, self.gpu_threads, self.cpu_threads = resolve_threads(self.device, gpu_threads, cpu_threads)
+        self.budget = budget = plan_budget(self.name, cfg, self.dtype, self.device, strategy, gpu_mem, gpu_blocks, cpu_mem,
+                                           block_size, max_model_len, max_batch_tokens)
         self.tokenizer = load_tokenizer(self.name)
+        self.verbose, self.on_iteration = False, None    # print each iteration; called with (records, start, end)
+
         started = time.perf_counter()
-        torch.set_num_threads(self.cores)                              # to fill the weights
-        self.model = Model(self.name, cfg, self.dtype, self.device, self.max_model_len, self.gpu_threads,
+        torch.set_num_threads(cores)                                    # to fill the weights
+        self.model = Model(self.name, cfg, self.dtype, self.device, budget.max_model_len, self.gpu_threads,
                            self.cpu_threads, seed=seed)
-        torch.set_num_threads(self.gpu_threads or self.cores)          # this thread samples while the GPU idles
+        torch.set_num_threads(self.gpu_threads or cores)                # this thread samples while the GPU idles
         self.load_seconds = time.perf_counter() - started
-        self.kv = KVCache((cfg.n_layer, cfg.n_kv_head, cfg.head_dim), self.block_size, self.num_blocks["gpu"],
-                          self.num_blocks["cpu"], self.max_model_len, self.dtype, self.device)
-        self.perf_samples = self._profile() if self.num_blocks["cpu"] else None
+        self.kv = KVCache((cfg.n_layer, cfg.n_kv_head, cfg.head_dim), budget.block_size, budget.num_blocks["gpu"],
+                          budget.num_blocks["cpu"], budget.max_model_len, self.dtype, self.device)
+        self.perf_samples = profile_samples(self) if budget.num_blocks["cpu"] else None
         self.reset(strategy)
-
-    def _threads(self, gpu_threads, cpu_threads):
-        cores = self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        cpu_attn.set_threads(cores)                    # before torch's: starting Numba's threads resets OpenMP's count
-        for name, n in (("gpu_threads", gpu_threads), ("cpu_threads", cpu_threads)):
-            if n is not None and not 1 <= n <= cores:
-                raise ValueError(f"{name} = {n}: must be 1..{cores}, the cores of this machine")
-        if self.device.type == "cuda":
-            self.gpu_threads, self.cpu_threads = 0, cpu_threads or cores
-            return
-        self.gpu_threads = gpu_threads or max(1, cores - cpu_threads if cpu_threads else cores // 2)
-        self.cpu_threads = cpu_threads or max(1, cores - self.gpu_threads)
-        if self.gpu_threads + self.cpu_threads > max(cores, 2):
-            warnings.warn(f"{self.gpu_threads} GPU + {self.cpu_threads} CPU threads on {cores} cores: they will slow "
-                          "each other down")
-
-    def _budget(self, strategy, gpu_mem, gpu_blocks, cpu_mem, max_model_len, max_batch_tokens):
-        """Blocks of both tiers and the length limits, checked against memory before anything is allocated."""
-        cfg, size, on_cuda = self.cfg, self.dtype.itemsize, self.device.type == "cuda"
-        if strategy not in STRATEGIES:
-            raise ValueError(f"unknown strategy {strategy!r}: choose one of {', '.join(STRATEGIES)}")
-        for name, value in (("gpu_mem", gpu_mem), ("gpu_blocks", gpu_blocks), ("block_size", self.block_size),
-                            ("max_model_len", max_model_len), ("max_batch_tokens", max_batch_tokens)):
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} = {value}: must be above 0")
-        if cpu_mem is not None and cpu_mem < 0:
-            raise ValueError(f"cpu_mem = {cpu_mem}: must be 0 or more GiB")
-        if max_model_len and max_model_len > cfg.max_position:
-            raise ValueError(f"max_model_len = {max_model_len}: the model knows {cfg.max_position} positions")
-
-        self.weight_bytes = cfg.num_params * size
-        self.block_bytes = 2 * cfg.n_layer * cfg.n_kv_head * self.block_size * cfg.head_dim * size
-        limit = max_model_len or min(cfg.max_position, max_batch_tokens or MAX_MODEL_LEN, MAX_MODEL_LEN)
-        self.max_batch_tokens = max_batch_tokens or max(MAX_BATCH_TOKENS, limit)
-        if self.max_batch_tokens < limit:
-            raise ValueError(f"max_batch_tokens = {self.max_batch_tokens} is below max_model_len = {limit}: a prompt is "
-                             "prefilled in one iteration, so raise the one or lower the other")
-        per_row = 3 * cfg.n_embd + 2 * (cfg.n_head + 2 * cfg.n_kv_head) * cfg.head_dim + 3 * cfg.n_ffn
-        self.activation_bytes = self.max_batch_tokens * per_row * size
-
-        host, weights = host_memory(), self.weight_bytes + self.activation_bytes
-        device = torch.cuda.mem_get_info()[0] if on_cuda else host
-        what = f"{self.name} in {str(self.dtype)[6:]}: {fmt_gib(self.weight_bytes)} of weights and " \
-               f"{fmt_gib(self.activation_bytes)} of activations ({self.max_batch_tokens} prompt tokens)"
-        if weights > device:
-            raise ValueError(f"{what} do not fit in the {fmt_gib(device)} free on this "
-                             f"{'GPU' if on_cuda else 'machine'}: take a smaller model or a lower --max-batch-tokens")
-        if gpu_blocks is None:
-            if gpu_mem is not None or on_cuda:
-                gpu_bytes = (CUDA_SHARE * device if gpu_mem is None else gpu_mem * GIB) - weights
-                gpu_blocks = int(gpu_bytes // self.block_bytes)
-                if gpu_blocks < 1:
-                    raise ValueError(f"{what} leave no KV block of {fmt_gib(self.block_bytes)} in a GPU memory of "
-                                     f"{fmt_gib(gpu_bytes + weights)}: raise --gpu-mem")
-            else:
-                gpu_blocks = -(-min(EMULATED_GPU_TOKENS, 2 * limit) // self.block_size)
-        host_left = host - (0 if on_cuda else weights + gpu_blocks * self.block_bytes)
-        cpu_bytes = max(0, host_left // 2 if on_cuda else min(4 * GIB, host_left // 2))
-        if cpu_mem is not None:
-            cpu_bytes = int(cpu_mem * GIB)
-        cpu_blocks = cpu_bytes // self.block_bytes
-        for tier, need, free in (("GPU", gpu_blocks * self.block_bytes, device - weights),
-                                 ("CPU", cpu_blocks * self.block_bytes, max(host_left, 0))):
-            if need > free:
-                raise ValueError(f"a {tier} tier of {fmt_gib(need)} does not fit in the {fmt_gib(max(free, 0))} that are "
-                                 f"free beside {what}: lower --{tier.lower()}-mem"
-                                 f"{' or --gpu-blocks' if tier == 'GPU' else ''}")
-        self.num_blocks = {"gpu": gpu_blocks, "cpu": cpu_blocks}
-        held = max(self.num_blocks[t] for t in STRATEGIES[strategy].tiers) * self.block_size
-        if held < 2 or (max_model_len and max_model_len > held):
-            raise ValueError(f"max_model_len = {max_model_len or 2} tokens, but the KV budget of {strategy} holds {held} "
-                             "(its larger tier): raise --gpu-mem, --gpu-blocks or --cpu-mem, or lower --max-model-len")
-        self.max_model_len = limit
-
-    def _profile(self):
-        """Samples of the performance model: from the cache if measured under the same key, else measured now."""
-        cfg = self.cfg
-        device = torch.cuda.get_device_name() if self.device.type == "cuda" else _cpu_name()
-        key = dict(version=PROFILE_VERSION, device=device, torch=torch.__version__, dtype=str(self.dtype),
-                   gpu_threads=self.gpu_threads, cpu_threads=self.cpu_threads, block_size=self.block_size,
-                   geometry=[cfg.n_layer, cfg.n_head, cfg.n_kv_head, cfg.head_dim, cfg.n_embd, cfg.n_ffn,
-                             cfg.vocab_size],
-                   blocks=self.num_blocks, max_batch_tokens=self.max_batch_tokens)
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        path = PROFILE_DIR / f"profile-{digest}.json"
-        samples = load_profile(path, key)
-        if samples is None:
-            samples = measure_profile(self)
-            save_profile(path, key, samples)
-        return samples
 
     def reset(self, strategy):
         """Start over under a strategy: nothing queued, statistics at zero; model, cache and profile are kept.
@@ -315,8 +135,9 @@ class LLM:
         self.perf = self.perf_samples and Profile(self.perf_samples, cfg.n_layer, token_bytes)
         if strategy == "neo" and self.perf is None:
             raise ValueError("strategy neo needs a CPU tier: give --cpu-mem above 0, or use gpu-only")
-        self.scheduler = Scheduler(strategy, self.num_blocks, self.block_size, self.max_model_len,
-                                   self.max_batch_tokens, self.perf)
+        budget = self.budget
+        self.scheduler = Scheduler(strategy, budget.num_blocks, budget.block_size, budget.max_model_len,
+                                   budget.max_batch_tokens, self.perf)
         self.strategy, self.outputs, self.requests, self.count = strategy, {}, {}, 0
         self.time = dict.fromkeys(("wall", "model", "gpu_busy", "cpu_busy"), 0.0)
         self.swapped_blocks, self.errors = 0, []
@@ -488,7 +309,7 @@ class LLM:
     @property
     def kv_budget(self):
         """Tokens of each tier that the strategy may use: {"gpu": n, "cpu": n}."""
-        return {tier: n * self.block_size for tier, n in self.scheduler.num_blocks.items()}
+        return {tier: n * self.budget.block_size for tier, n in self.scheduler.num_blocks.items()}
 
     def stats(self):
         """Counters since the last reset, times in seconds, and the present state of both tiers in blocks."""
@@ -506,31 +327,20 @@ class LLM:
 
     def describe(self):
         """What was chosen, a line each."""
-        cfg, cpu = self.cfg, self.device.type == "cpu"
-        device = f"CPU ({_cpu_name()}); a thread plays the GPU: an emulation, not a GPU's figures" if cpu \
-            else torch.cuda.get_device_name()
-        threads = f"{self.gpu_threads} as the GPU, " if cpu else ""
+        cfg, budget, name = self.cfg, self.budget, device_name(self.device)
+        cpu = self.device.type == "cpu"
         kind = "random weights" if self.model.random_weights else "checkpoint"
-        tiers = ", ".join(f"{t.upper()} {n * self.block_size} tokens ({fmt_gib(n * self.block_bytes)})"
-                          for t, n in self.num_blocks.items())
+        tiers = ", ".join(f"{tier.upper()} {n * budget.block_size} tokens ({fmt_gib(n * budget.block_bytes)})"
+                          for tier, n in budget.num_blocks.items())
         return "\n".join((
-            f"device     {device}",
+            f"device     {f'CPU ({name}); a thread plays the GPU: an emulation, not a GPU' if cpu else name}",
             f"model      {self.name}: {cfg.num_params / 1e9:.2f} B parameters, {cfg.n_layer} layers, {cfg.n_head}/"
-            f"{cfg.n_kv_head} heads of {cfg.head_dim}; {str(self.dtype)[6:]}, {fmt_gib(self.weight_bytes)} of {kind}, "
+            f"{cfg.n_kv_head} heads of {cfg.head_dim}; {str(self.dtype)[6:]}, {fmt_gib(budget.weight_bytes)} of {kind}, "
             f"ready in {self.load_seconds:.1f} s",
-            f"threads    {threads}{self.cpu_threads} for CPU attention",
+            f"threads    {f'{self.gpu_threads} as the GPU, ' if cpu else ''}{self.cpu_threads} for CPU attention",
             f"attention  GPU tier: {type(self.model.attn).__name__}, CPU tier: Numba",
-            f"KV budget  {tiers}; blocks of {self.block_size}",
-            f"limits     {self.max_model_len} tokens per request, {self.max_batch_tokens} prompt tokens per iteration"))
-
-
-def _cpu_name():
-    try:
-        with open("/proc/cpuinfo") as f:
-            return next(line.split(":")[1].strip() for line in f if line.startswith("model name"))
-    except (OSError, StopIteration):
-        import platform
-        return platform.processor() or platform.machine()
+            f"KV budget  {tiers}; blocks of {budget.block_size}",
+            f"limits     {budget.max_model_len} tokens per request, {budget.max_batch_tokens} prompt tokens per iteration"))
 
 
 def sample(logits, outs):
@@ -554,76 +364,6 @@ def sample(logits, outs):
     for i, token in zip(rows, order.gather(1, pick)[:, 0].tolist()):
         tokens[i] = token
     return tokens
-
-
-def measure_profile(llm, seconds=8.0):
-    """Time one layer's parts on made-up batches through the very code that serves: perfmodel.Profile's samples.
-    Layers are taken in turn, as many as outgrow the caches; points that would not fit in `seconds` are left out."""
-    model, kv, cfg, bs = llm.model, llm.kv, llm.cfg, llm.block_size
-    layer_bytes = cfg.num_params * llm.dtype.itemsize / cfg.n_layer
-    depth = int(min(cfg.n_layer, max(3, -(-100e6 // layer_bytes))))
-    samples = {k: [] for k in ("linear", "head", "prefill", "gpu_decode", "cpu_decode", "transfer")}
-    token_bytes = 2 * cfg.n_kv_head * cfg.head_dim * llm.dtype.itemsize
-    start, last = time.perf_counter(), 0.0
-
-    def request(n, tier, decode):
-        r = Request(("profile", len(kv.sequences)), [0] * n, 1, tier=tier)
-        if decode:
-            r.prompt, r.output, r.num_kv = [0] * (n - 1), [0], n - 1
-        kv.reserve(r.id, tier, n)
-        return r
-
-    def timed(requests, tier=None):
-        """Median ms per layer of each stage, and of what comes once. Slow passes are not repeated."""
-        nonlocal last
-        times = {"linear": [], "attend": [], "cpu_attend": [], "head": []}
-        inputs = kv.bind(Batch(requests) if tier is None else Batch(**{tier: requests}))
-        for repeat in range(4):
-            begin = time.perf_counter()
-            model.run([inputs], kv, depth)
-            last = time.perf_counter() - begin
-            if repeat == 0 and (last < 0.5 or tier):
-                continue                                         # warm-up; for decodes also the first touch of the KV
-            once = 0.0                                           # first and last linear stage: a layer and the head
-            for _, stage, layer, _, t0, t1 in model.records:
-                if stage == "linear" and layer in (0, cfg.n_layer):
-                    once += 1e3 * (t1 - t0)
-                else:
-                    times[stage].append(1e3 * (t1 - t0))
-            times["head"].append(max(once - statistics.median(times["linear"]), 0.0))
-            if last > 0.1:
-                break
-        for r in requests:
-            kv.release(r.id)
-        return {k: statistics.median(v) for k, v in times.items() if v}
-
-    most = min(llm.max_batch_tokens, llm.max_model_len, kv.cpu.num_blocks * bs)
-    points = [2 ** i for i in range(14) if 2 ** i <= most]
-    longest = min(llm.max_model_len, 1024)
-    bar = tqdm(total=len(points) + 8 + 3, desc="profile of one layer", disable=None, leave=False)
-    for n in points:                                             # one prompt, stored to the CPU tier
-        if last * 4 > seconds - (time.perf_counter() - start) - seconds / 3:
-            break                                                # the last slope carries on from here
-        t = timed([request(n, "cpu", False)])
-        samples["linear"].append([n, t["linear"]])
-        samples["prefill"].append([n, t["attend"]])
-        samples["transfer"].append([n * token_bytes, t["cpu_attend"]])
-        bar.update()
-    for n in (1, 4, 16, 64):                                     # n decodes of equal length in the CPU tier
-        for share in (4, 1):
-            length = min(longest, kv.cpu.num_blocks // n * bs) // share
-            if length >= 2 and (n <= 4 or last * 4 < seconds - (time.perf_counter() - start)):
-                t = timed([request(length, "cpu", True) for _ in range(n)], "cpu")
-                samples["cpu_decode"].append([n, n * length, t["cpu_attend"]])
-                samples["head"].append([n, t["head"]])
-            bar.update()
-    for share in (4, 2, 1):                                      # one GPU decode over so much of the GPU tier
-        length = min(longest, kv.gpu.num_blocks * bs) // share
-        if length >= 2:
-            samples["gpu_decode"].append([length, timed([request(length, "gpu", True)], "gpu")["attend"]])
-        bar.update()
-    bar.close()
-    return samples
 
 
 # ------------------------------------------------------------------------------------------------------- command line

@@ -7,7 +7,6 @@ and overlap, never on time.
 """
 import dataclasses
 import json
-import math
 import os
 import random
 import subprocess
@@ -23,9 +22,10 @@ from hypothesis import strategies as st
 import bench
 import cpu_attn
 import gpu_attn
+from checkpoint import PRESETS, load_config, load_tokenizer
 from kvcache import KVCache
-from model import PRESETS, Model, load_config, rope_table
-from neo import LLM, SamplingParams, load_tokenizer, sample
+from model import rope_table
+from neo import LLM, SamplingParams, sample
 from perfmodel import Load, PerfModel, Prediction, Profile, layer_ms
 from scheduler import MAX_WAIT, STRATEGIES, Batch, Request, Scheduler
 

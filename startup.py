@@ -1,0 +1,257 @@
+"""What is decided once, at start: device, dtype, threads, memory budgets, and the measured profile of one layer.
+
+Everything a user can get wrong about fitting is found here, before anything is loaded, with an error that names the
+value, the limit and the way out.
+"""
+import hashlib
+import json
+import os
+import platform
+import statistics
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from llvmlite import binding
+from tqdm import tqdm
+
+import cpu_attn
+from perfmodel import load_profile, save_profile
+from scheduler import STRATEGIES, Batch, Request
+
+GIB = 1 << 30
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+BLOCK_SIZE = 16                # tokens per block, the paper's
+MAX_MODEL_LEN = 8192           # cap of the default; longer only if asked for
+MAX_BATCH_TOKENS = 2048        # default prompt tokens per iteration, at least max_model_len
+EMULATED_GPU_TOKENS = 2048     # default KV budget of the emulated GPU: small, as the point is a GPU short of memory
+CUDA_SHARE = 0.9               # of free GPU memory, by default
+CPU_TIER_SHARE = 0.5           # of the host memory that is left, by default
+EMULATED_CPU_TIER = 4 * GIB    # at most so much of it where the GPU is emulated
+PROFILE_VERSION = 2            # of the measured profile: change it when what is measured changes
+PROFILE_DIR = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "neo"
+
+
+# ----------------------------------------------------------------------------------------------- device, dtype, threads
+
+def resolve_device(device):
+    """auto, cuda or cpu -> torch.device. Raises ValueError on anything else, and on cuda without a GPU."""
+    if device not in ("auto", "cuda", "cpu"):
+        raise ValueError(f"device {device!r}: must be auto, cuda or cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda', but torch sees no CUDA GPU: use --device cpu, which plays the GPU with a thread")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def resolve_dtype(dtype, cfg, device):
+    """auto: the checkpoint's on CUDA, as far as the GPU has it; on a CPU bf16 where its instructions make that fast."""
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"dtype {dtype!r}: must be auto, {', '.join(DTYPES)}")
+    if dtype != "auto":
+        return DTYPES[dtype]
+    if device.type == "cuda":
+        no_bf16 = torch.cuda.get_device_capability()[0] < 8
+        return torch.float16 if cfg.dtype == "bf16" and no_bf16 else DTYPES[cfg.dtype]
+    features = binding.get_host_cpu_features()
+    return torch.bfloat16 if any(features.get(f) for f in ("avx512bf16", "amx-bf16", "bf16")) else torch.float32
+
+
+def resolve_threads(device, gpu_threads, cpu_threads):
+    """(cores of this machine, cores that play the GPU, cores for CPU attention); half and half unless asked for."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    for name, n in (("gpu_threads", gpu_threads), ("cpu_threads", cpu_threads)):
+        if n is not None and not 1 <= n <= cores:
+            raise ValueError(f"{name} = {n}: must be 1..{cores}, the cores of this machine")
+    cpu_attn.set_threads(cores)         # before torch's are set: starting Numba's threads resets OpenMP's count
+    if device.type == "cuda":
+        return cores, 0, cpu_threads or cores
+    gpu_threads = gpu_threads or max(1, cores - cpu_threads if cpu_threads else cores // 2)
+    cpu_threads = cpu_threads or max(1, cores - gpu_threads)
+    if gpu_threads + cpu_threads > max(cores, 2):
+        warnings.warn(f"{gpu_threads} GPU + {cpu_threads} CPU threads on {cores} cores: they will slow each other down")
+    return cores, gpu_threads, cpu_threads
+
+
+def device_name(device):
+    """The GPU's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        with open("/proc/cpuinfo") as f:
+            return next(line.split(":")[1].strip() for line in f if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+# ---------------------------------------------------------------------------------------------------- what fits where
+
+@dataclass
+class Budget:
+    """Memory and lengths of an engine, as `plan_budget` decided them."""
+    num_blocks: dict            # {"gpu": blocks, "cpu": blocks}
+    block_size: int             # tokens per block
+    block_bytes: int            # of one block over all layers, K and V
+    weight_bytes: int
+    max_model_len: int          # tokens of one request
+    max_batch_tokens: int       # prompt tokens of one iteration
+
+
+def host_memory():
+    """Bytes of host memory that are free to use; half of it all where the system does not tell."""
+    try:
+        with open("/proc/meminfo") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def fmt_gib(n):
+    return f"{n / GIB:.2f} GiB"
+
+
+def plan_budget(name, cfg, dtype, device, strategy, gpu_mem=None, gpu_blocks=None, cpu_mem=None, block_size=None,
+                max_model_len=None, max_batch_tokens=None):
+    """LLM's memory arguments -> Budget, checked against what is free. Raises ValueError on what does not fit."""
+    if strategy not in STRATEGIES:
+        raise ValueError(f"unknown strategy {strategy!r}: choose one of {', '.join(STRATEGIES)}")
+    for arg, value in (("gpu_mem", gpu_mem), ("gpu_blocks", gpu_blocks), ("block_size", block_size),
+                       ("max_model_len", max_model_len), ("max_batch_tokens", max_batch_tokens)):
+        if value is not None and value <= 0:
+            raise ValueError(f"{arg} = {value}: must be above 0")
+    if cpu_mem is not None and cpu_mem < 0:
+        raise ValueError(f"cpu_mem = {cpu_mem}: must be 0 or more GiB")
+    if max_model_len and max_model_len > cfg.max_position:
+        raise ValueError(f"max_model_len = {max_model_len}: the model knows {cfg.max_position} positions")
+    block_size = block_size or BLOCK_SIZE
+    limit = max_model_len or min(cfg.max_position, max_batch_tokens or MAX_MODEL_LEN, MAX_MODEL_LEN)
+    max_batch_tokens = max_batch_tokens or max(MAX_BATCH_TOKENS, limit)
+    if max_batch_tokens < limit:
+        raise ValueError(f"max_batch_tokens = {max_batch_tokens} is below max_model_len = {limit}: a prompt is prefilled "
+                         "in one iteration, so raise the one or lower the other")
+
+    weight_bytes = cfg.num_params * dtype.itemsize
+    block_bytes = 2 * cfg.n_layer * cfg.n_kv_head * block_size * cfg.head_dim * dtype.itemsize
+    row = 3 * cfg.n_embd + 2 * (cfg.n_head + 2 * cfg.n_kv_head) * cfg.head_dim + 3 * cfg.n_ffn  # x, h, o | q, k, v | FFN
+    activation_bytes = max_batch_tokens * row * dtype.itemsize
+    used, on_cuda, host = weight_bytes + activation_bytes, device.type == "cuda", host_memory()
+    free = torch.cuda.mem_get_info()[0] if on_cuda else host
+    what = (f"{name} in {str(dtype)[6:]}: {fmt_gib(weight_bytes)} of weights and {fmt_gib(activation_bytes)} of "
+            f"activations ({max_batch_tokens} prompt tokens)")
+    if used > free:
+        raise ValueError(f"{what} do not fit in the {fmt_gib(free)} free on this {'GPU' if on_cuda else 'machine'}: take "
+                         "a smaller model, or lower --max-batch-tokens")
+
+    if gpu_blocks is None and (gpu_mem is not None or on_cuda):
+        memory = CUDA_SHARE * free if gpu_mem is None else gpu_mem * GIB
+        gpu_blocks = int((memory - used) // block_bytes)
+        if gpu_blocks < 1:
+            raise ValueError(f"{what} leave no room for a KV block of {fmt_gib(block_bytes)} in a GPU memory of "
+                             f"{fmt_gib(memory)}: raise --gpu-mem, or take a smaller model")
+    elif gpu_blocks is None:
+        gpu_blocks = -(-min(EMULATED_GPU_TOKENS, 2 * limit) // block_size)
+    left = max(0, host - (0 if on_cuda else used + gpu_blocks * block_bytes))
+    cpu_bytes = int(CPU_TIER_SHARE * left if cpu_mem is None else cpu_mem * GIB)
+    if cpu_mem is None and not on_cuda:
+        cpu_bytes = min(cpu_bytes, EMULATED_CPU_TIER)
+    num_blocks = {"gpu": gpu_blocks, "cpu": cpu_bytes // block_bytes}
+    for tier, room, flags in (("gpu", free - used, "--gpu-mem or --gpu-blocks"), ("cpu", left, "--cpu-mem")):
+        if num_blocks[tier] * block_bytes > room:
+            raise ValueError(f"a {tier.upper()} tier of {fmt_gib(num_blocks[tier] * block_bytes)} does not fit in the "
+                             f"{fmt_gib(max(room, 0))} free beside {what}: lower {flags}")
+    held = max(num_blocks[tier] for tier in STRATEGIES[strategy].tiers) * block_size
+    if held < 2 or (max_model_len and max_model_len > held):
+        raise ValueError(f"max_model_len = {limit} tokens, but the KV budget of {strategy} holds {held} (its larger tier): "
+                         "raise --gpu-mem, --gpu-blocks or --cpu-mem, or lower --max-model-len")
+    return Budget(num_blocks, block_size, block_bytes, weight_bytes, limit, max_batch_tokens)
+
+
+# ------------------------------------------------------------------------------------------------- the measured profile
+
+def profile_samples(llm):
+    """perfmodel.Profile's samples for this engine: from the cache if measured under the same key, else measured now."""
+    cfg, budget = llm.cfg, llm.budget
+    key = dict(version=PROFILE_VERSION, device=device_name(llm.device), torch=torch.__version__, dtype=str(llm.dtype),
+               threads=[llm.gpu_threads, llm.cpu_threads], attention=type(llm.model.attn).__name__,
+               geometry=[cfg.n_layer, cfg.n_head, cfg.n_kv_head, cfg.head_dim, cfg.n_embd, cfg.n_ffn, cfg.vocab_size],
+               blocks=budget.num_blocks, block_size=budget.block_size, max_model_len=budget.max_model_len,
+               max_batch_tokens=budget.max_batch_tokens)
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    path = PROFILE_DIR / f"profile-{digest}.json"
+    samples = load_profile(path, key)
+    if samples is None:
+        samples = measure_profile(llm)
+        save_profile(path, key, samples)
+    return samples
+
+
+def measure_profile(llm, seconds=8.0):
+    """Time one layer's parts on made-up batches through the very code that serves: perfmodel.Profile's samples.
+    Layers are taken in turn, as many as outgrow the caches; points that would not fit in `seconds` are left out."""
+    model, kv, cfg, budget = llm.model, llm.kv, llm.cfg, llm.budget
+    bs = budget.block_size
+    layer_bytes = cfg.num_params * llm.dtype.itemsize / cfg.n_layer
+    depth = int(min(cfg.n_layer, max(3, -(-100e6 // layer_bytes))))
+    samples = {k: [] for k in ("linear", "head", "prefill", "gpu_decode", "cpu_decode", "transfer")}
+    token_bytes = 2 * cfg.n_kv_head * cfg.head_dim * llm.dtype.itemsize
+    start, last = time.perf_counter(), 0.0
+
+    def request(n, tier, decode):
+        r = Request(("profile", len(kv.sequences)), [0] * n, 1, tier=tier)
+        if decode:
+            r.prompt, r.output, r.num_kv = [0] * (n - 1), [0], n - 1
+        kv.reserve(r.id, tier, n)
+        return r
+
+    def timed(requests, tier=None):
+        """Median ms per layer of each stage, and of what comes once. Slow passes are not repeated."""
+        nonlocal last
+        times = {"linear": [], "attend": [], "cpu_attend": [], "head": []}
+        inputs = kv.bind(Batch(requests) if tier is None else Batch(**{tier: requests}))
+        for repeat in range(4):
+            begin = time.perf_counter()
+            model.run([inputs], kv, depth)
+            last = time.perf_counter() - begin
+            if repeat == 0 and (last < 0.5 or tier):
+                continue                                         # warm-up; for decodes also the first touch of the KV
+            once = 0.0                                           # first and last linear stage: a layer and the head
+            for _, stage, layer, _, t0, t1 in model.records:
+                if stage == "linear" and layer in (0, cfg.n_layer):
+                    once += 1e3 * (t1 - t0)
+                else:
+                    times[stage].append(1e3 * (t1 - t0))
+            times["head"].append(max(once - statistics.median(times["linear"]), 0.0))
+            if last > 0.1:
+                break
+        for r in requests:
+            kv.release(r.id)
+        return {k: statistics.median(v) for k, v in times.items() if v}
+
+    most = min(budget.max_batch_tokens, budget.max_model_len, kv.cpu.num_blocks * bs)
+    points = [2 ** i for i in range(14) if 2 ** i <= most]
+    longest = min(budget.max_model_len, 1024)
+    bar = tqdm(total=len(points) + 8 + 3, desc="profile of one layer", disable=None, leave=False)
+    for n in points:                                             # one prompt, stored to the CPU tier
+        if last * 4 > seconds - (time.perf_counter() - start) - seconds / 3:
+            break                                                # the last slope carries on from here
+        t = timed([request(n, "cpu", False)])
+        samples["linear"].append([n, t["linear"]])
+        samples["prefill"].append([n, t["attend"]])
+        samples["transfer"].append([n * token_bytes, t["cpu_attend"]])
+        bar.update()
+    for n in (1, 4, 16, 64):                                     # n decodes of equal length in the CPU tier
+        for share in (4, 1):
+            length = min(longest, kv.cpu.num_blocks // n * bs) // share
+            if length >= 2 and (n <= 4 or last * 4 < seconds - (time.perf_counter() - start)):
+                t = timed([request(length, "cpu", True) for _ in range(n)], "cpu")
+                samples["cpu_decode"].append([n, n * length, t["cpu_attend"]])
+                samples["head"].append([n, t["head"]])
+            bar.update()
+    for share in (4, 2, 1):                                      # one GPU decode over so much of the GPU tier
+        length = min(longest, kv.gpu.num_blocks * bs) // share
+        if length >= 2:
+            samples["gpu_decode"].append([length, timed([request(length, "gpu", True)], "gpu")["attend"]])
+        bar.update()
+    bar.close()
+    return samples
