@@ -167,7 +167,10 @@ class LLM:
             if not prompt:
                 raise ValueError("the prompt is empty: give at least one character")
             prompt = self.tokenizer.encode(prompt)
-        ids = [int(t) for t in prompt]
+        try:
+            ids = [int(t) for t in prompt]
+        except (TypeError, ValueError):
+            raise ValueError(f"a prompt is a str or a list of token ids, got {prompt!r:.60}") from None
         if not ids:
             raise ValueError("the prompt is empty: give at least one token id")
         bad = next((t for t in ids if not 0 <= t < self.cfg.vocab_size), None)

@@ -682,7 +682,7 @@ def test_bad_requests_are_refused_and_the_others_go_on(tiny):
     good = tiny.add_request([5, 6], SamplingParams(max_tokens=3, ignore_eos=True), request_id="good")
     out = tiny.outputs[good]
     for prompt, message in (([], "empty"), ("", "tokenizer"), ("text", "tokenizer"), ([1, 512], "512.*0..511"),
-                            ([-1], "-1.*0..511"), ([1] * 128, "128 tokens.*128")):
+                            ([-1], "-1.*0..511"), (7, "got 7"), ([1] * 128, "128 tokens.*128")):
         with pytest.raises(ValueError, match=message):
             tiny.add_request(prompt)
     with pytest.raises(ValueError, match="'good' is in flight"):
