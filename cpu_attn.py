@@ -2,34 +2,59 @@
 
     q [B, H, D]  x  K, V [num_blocks, Hkv, bs, D] through a block table  ->  out [B, H, D]
 
-One work item is (sequence, a range of about CHUNK tokens, all heads): a block is read as one contiguous run, each K and V
-row is widened to float32 once and serves the G = H / Hkv query heads of its group, and a long sequence is spread over
-threads. Items leave (unnormalised out, max, sum); a second pass merges them by log-sum-exp:
+One work item is (sequence, a range of about CHUNK tokens, all heads), so that a block is read as one contiguous run; the
+items are dealt out by tokens, one share a thread. An item leaves (unnormalised out, max, sum), and a second pass merges
+them by log-sum-exp:
 
     sequence 0  |item 0: tokens 0..255|item 1: 256..511|item 2: 512..600|        any thread, any order
-    merge       out = sum_i e^(m_i - m) o_i / sum_i e^(m_i - m) l_i
+    merge       out = sum_i 2^(m_i - m) o_i / sum_i 2^(m_i - m) l_i              m: maxima, base 2
 
-Caches are uint16 (bf16 or fp16) or float32; arithmetic is float32. Knows nothing of torch, requests or policy.
-Glossary of symbols: model.py. Tested against `paged_decode_reference` in test_neo.py.
+Inside an item: scores of all its tokens, softmax, weighted sum of V. Two paths: `dot`, bf16 on AVX512-BF16 (cpu_tiles.py;
+q and the weights p are rounded to bf16), and `portable`, plain loops that LLVM vectorises, any dtype, float32 throughout.
+
+    python cpu_attn.py            a card: path, measured read bandwidth, share of it reached, one JSON line
+
+Knows nothing of torch, requests or policy. Glossary of symbols: model.py. Tested against `paged_decode_reference`.
 """
-import numpy as np
+import threading
+
 import numba
+import numpy as np
+from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
-from llvmlite import ir
+
+from cpu_tiles import HAS_DOT, LANES, scores1, scores4, scores8, softmax, weigh1, weigh1_wide, weigh4, weigh4_wide, weigh8
 
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # workqueue: 130 us a launch, and not reentrant
 
-CHUNK = 256                                   # tokens per work item: K and V of 2 MB at 32 heads x 128, scores in L2
+CHUNK = 256                                   # most tokens of a work item: its scores stay in L2
+AHEAD = 16384                                 # bytes between reading and prefetching
 BF16, FP16, FP32 = 0, 1, 2                    # how the bits of a cache element are read
 FORMATS = {"bf16": BF16, "fp16": FP16, "fp32": FP32}
-FAST = {"reassoc", "contract", "nsz", "arcp"}  # vectorise reductions, but keep inf and NaN honest: -inf is a real score
+FAST = {"reassoc", "contract", "nsz", "arcp"}  # vectorise reductions, but keep inf and NaN honest
+PATHS = ("dot", "portable") if HAS_DOT else ("portable",)
+LOG2E = np.float32(1.4426950408889634)
+_LANES = np.array(LANES)
 
 
 @intrinsic
 def _as_f32(typingctx, x):
     """Reinterpret the bits of a uint32 as float32."""
     return types.float32(types.uint32), lambda ctx, builder, sig, args: builder.bitcast(args[0], ir.FloatType())
+
+
+@intrinsic
+def _as_u32(typingctx, x):
+    """Reinterpret the bits of a float32 as uint32."""
+    return types.uint32(types.float32), lambda ctx, builder, sig, args: builder.bitcast(args[0], ir.IntType(32))
+
+
+@njit(inline="always")
+def _to_bf16(x):
+    u = _as_u32(x)
+    return np.uint16(np.uint32(u + np.uint32(0x7FFF) + np.uint32(np.uint32(u >> np.uint32(16)) & np.uint32(1))) >>
+                     np.uint32(16))
 
 
 @njit(inline="always")
@@ -48,71 +73,171 @@ def _widen(dst, src, fmt):
             dst[d] = _as_f32(np.uint32(src[d]))
 
 
-@njit(parallel=True, nogil=True, cache=True, fastmath=FAST)
-def _decode(q, k_cache, v_cache, table, lens, out, scale, fmt):
-    B, H, D = q.shape
+@njit(fastmath=FAST)
+def _item_portable(q, k_cache, v_cache, blocks, n, scale, fmt, p, row, o, m, l):
+    """One item: q [H, D]; blocks: the n tokens' part of the block table; p [H, chunk] and row [D] are scratch.
+    Writes o [H, D], m [H], l [H]."""
+    H, D = q.shape
     Hkv, bs = k_cache.shape[1], k_cache.shape[2]
     G = H // Hkv
-    chunk = max(CHUNK // bs, 1) * bs           # whole blocks
-    first = np.zeros(B + 1, np.int64)          # items of sequence b: first[b] .. first[b + 1]
+    for j in range(0, n, bs):
+        for h in range(Hkv):
+            for t in range(min(bs, n - j)):
+                _widen(row, k_cache[blocks[j // bs], h, t], fmt)
+                for g in range(h * G, h * G + G):
+                    s = np.float32(0)
+                    for d in range(D):
+                        s += q[g, d] * row[d]
+                    p[g, j + t] = s * scale
+    for h in range(H):                         # softmax of the range, shifted by its own maximum
+        top = p[h, 0]
+        for t in range(1, n):
+            top = max(top, p[h, t])
+        total = np.float32(0)
+        for t in range(n):
+            p[h, t] = np.exp(p[h, t] - top)
+            total += p[h, t]
+        m[h], l[h] = top * LOG2E, total
+        for d in range(D):
+            o[h, d] = 0
+    for j in range(0, n, bs):
+        for h in range(Hkv):
+            for t in range(min(bs, n - j)):
+                _widen(row, v_cache[blocks[j // bs], h, t], fmt)
+                for g in range(h * G, h * G + G):
+                    w = p[g, j + t]
+                    for d in range(D):
+                        o[g, d] += w * row[d]
+
+
+@njit                                          # no fastmath: it would cancel the rounding trick of the softmax tile
+def _item_dot(q, k_cache, v_cache, blocks, n, scale, T, qb, s, p, ml, o, m, l):
+    """The same by the tiles of cpu_tiles.py, T heads a tile; a group of G heads is padded to G' = a multiple of T.
+    Scratch: qb [Hkv G', D] uint16, s [Hkv G', width] float32, p [Hkv G', width] uint16, ml [2]. o [Hkv G', D]."""
+    H, D = q.shape
+    Hkv, bs = k_cache.shape[1], k_cache.shape[2]
+    G, width = H // Hkv, s.shape[1]
+    Gp = (G + T - 1) // T * T
+    row = 2 * D                                # bytes
+    head, block = bs * row, Hkv * bs * row
+    lag = max(1, AHEAD // head)                # heads between reading and prefetching
+    K, V = k_cache.ctypes.data, v_cache.ctypes.data
+    wide = D % 128 == 0 if T == 1 else D % 64 == 0 and T == 4
+    span = 64 if not wide else 256 if T == 1 else 128      # bytes of a V row that a tile takes
+    for h in range(H):
+        for d in range(D):
+            qb[h // G * Gp + h % G, d] = _to_bf16(q[h, d])
+    for j in range(0, n, bs):
+        here = K + np.int64(blocks[j // bs]) * block
+        after = K + np.int64(blocks[j // bs + 1]) * block if j + bs < n else V + np.int64(blocks[0]) * block
+        for h in range(Hkv):
+            ahead = here + (h + lag) * head if h + lag < Hkv else after + min(h + lag - Hkv, Hkv - 1) * head
+            for t in range(0, min(bs, n - j), 16):
+                for g in range(h * Gp, h * Gp + Gp, T):
+                    at = s.ctypes.data + (g * width + j + t) * 4
+                    k, qa, pre = here + h * head + t * row, qb.ctypes.data + g * row, ahead + t * row
+                    if T == 1:
+                        scores1(at, k, row, qa, pre)
+                    elif T == 4:
+                        scores4(at, 4 * width, k, row, qa, row, pre)
+                    else:
+                        scores8(at, 4 * width, k, row, qa, row, pre)
+    for h in range(H):
+        g = h // G * Gp + h % G
+        for t in range(n, (n + 15) // 16 * 16):
+            s[g, t] = -3e38                    # slots past the end may hold anything
+        softmax(s.ctypes.data + g * width * 4, p.ctypes.data + g * width * 2, (n + 15) // 16 * 16, scale * LOG2E,
+                ml.ctypes.data)
+        m[h], l[h] = ml[0], ml[1]
+        p[g, n] = 0                            # the partner of a last, odd token
+    for g in range(Hkv * Gp):
+        for d in range(D):
+            o[g, d] = 0
+    for j in range(0, n, bs):
+        here = V + np.int64(blocks[j // bs]) * block
+        after = V + np.int64(blocks[j // bs + 1]) * block if j + bs < n else here
+        tokens = min(bs, n - j)
+        for h in range(Hkv):
+            ahead = here + (h + lag) * head if h + lag < Hkv else after + min(h + lag - Hkv, Hkv - 1) * head
+            for t in range(0, tokens, tokens - 1 if tokens & 1 and tokens > 1 else tokens):
+                odd = t + 1 == tokens          # V of its partner may be NaN: read the same row twice, weight 0
+                step, pairs = (0, 1) if odd else (row, tokens // 2)
+                for g in range(h * Gp, h * Gp + Gp, T):
+                    pa = p.ctypes.data + (g * width + j + t) * 2
+                    c = 0
+                    while c < row:
+                        at, v, pre = o.ctypes.data + g * D * 4 + 2 * c, here + h * head + t * row + c, ahead + c * bs
+                        if T == 8:
+                            weigh8(at, 4 * D, v, step, pa, 2 * width, pairs, pre)
+                        elif T == 4 and wide:
+                            weigh4_wide(at, 4 * D, v, step, pa, 2 * width, pairs, pre)
+                        elif T == 4:
+                            weigh4(at, 4 * D, v, step, pa, 2 * width, pairs, pre)
+                        elif wide:
+                            weigh1_wide(at, 4 * D, v, step, pa, 2 * width, pairs, pre)
+                        else:
+                            weigh1(at, 4 * D, v, step, pa, 2 * width, pairs, pre)
+                        c += span
+
+
+@njit
+def _merge(r, first, part_o, part_m, part_l, out, G, Gp, dot):
+    """Row r = (sequence, head) of out from the items of its sequence."""
+    b, h = r // out.shape[1], r % out.shape[1]
+    g, D = h // G * Gp + h % G if dot else h, out.shape[2]
+    i0, i1 = first[b], first[b + 1]
+    m, l = part_m[i0, h], part_l[i0, h]
+    if i1 > i0 + 1:
+        for i in range(i0 + 1, i1):
+            m = max(m, part_m[i, h])
+        l = np.float32(0)
+        for i in range(i0, i1):
+            l += np.exp2(part_m[i, h] - m) * part_l[i, h]
+    out[b, h] = 0
+    for i in range(i0, i1):
+        w = (np.float32(1) if i1 == i0 + 1 else np.exp2(part_m[i, h] - m)) / l
+        if dot:
+            for c in range(0, D, 32):
+                for d in range(0, 32, 4):      # in LANES order four neighbours stay together
+                    at = c + _LANES[d]
+                    for e in range(4):
+                        out[b, h, c + d + e] += w * part_o[i, g, at + e]
+        else:
+            for d in range(D):
+                out[b, h, d] += w * part_o[i, g, d]
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _decode(q, k_cache, v_cache, table, lens, out, scale, fmt, dot, threads, chunk, first, qb, s, p, part_o, part_m, part_l):
+    """Deal out items, then merge. first [B + 1]: items of sequence b are first[b] .. first[b + 1]. qb, s, p are scratch
+    with a row per thread; part_o, part_m, part_l have one per item."""
+    B, H, D = q.shape
+    bs, G = k_cache.shape[2], H // k_cache.shape[1]
+    T = 1 if G <= 2 else 4 if G <= 4 else 8                                 # heads of a tile
+    Gp = (G + T - 1) // T * T
+    total = 0
     for b in range(B):
-        first[b + 1] = first[b] + (lens[b] + chunk - 1) // chunk
-    part_o = np.empty((first[B], H, D), np.float32)
-    part_m = np.empty((first[B], H), np.float32)
-    part_l = np.empty((first[B], H), np.float32)
-
-    for item in prange(first[B]):
-        b = np.searchsorted(first, item, side="right") - 1
-        t0 = (item - first[b]) * chunk
-        n = min(lens[b] - t0, chunk)
-        row = np.empty(D, np.float32)
-        p = np.empty((H, chunk), np.float32)
-        for j in range(0, n, bs):              # scores, block by block
-            blk = table[b, (t0 + j) // bs]
-            for h in range(Hkv):
-                for t in range(min(bs, n - j)):
-                    _widen(row, k_cache[blk, h, t], fmt)
-                    for g in range(G):
-                        s = np.float32(0)
-                        for d in range(D):
-                            s += q[b, h * G + g, d] * row[d]
-                        p[h * G + g, j + t] = s * scale
-        for h in range(H):                     # softmax of the range, shifted by its own maximum
-            m = p[h, 0]
-            for t in range(1, n):
-                m = max(m, p[h, t])
-            l = np.float32(0)
-            for t in range(n):
-                p[h, t] = np.exp(p[h, t] - m)
-                l += p[h, t]
-            part_m[item, h], part_l[item, h] = m, l
-            for d in range(D):
-                part_o[item, h, d] = 0
-        for j in range(0, n, bs):
-            blk = table[b, (t0 + j) // bs]
-            for h in range(Hkv):
-                for t in range(min(bs, n - j)):
-                    _widen(row, v_cache[blk, h, t], fmt)
-                    for g in range(G):
-                        w = p[h * G + g, j + t]
-                        for d in range(D):
-                            part_o[item, h * G + g, d] += w * row[d]
-
-    for b in prange(B):
-        for h in range(H):
-            m = part_m[first[b], h]
-            for i in range(first[b] + 1, first[b + 1]):
-                m = max(m, part_m[i, h])
-            l = np.float32(0)
-            for d in range(D):
-                out[b, h, d] = 0
-            for i in range(first[b], first[b + 1]):
-                w = np.exp(part_m[i, h] - m)
-                l += w * part_l[i, h]
-                for d in range(D):
-                    out[b, h, d] += w * part_o[i, h, d]
-            for d in range(D):
-                out[b, h, d] /= l
+        total += lens[b]
+    for w in prange(threads):
+        done = 0
+        for b in range(B):
+            for t in range(0, lens[b], chunk):
+                n, item = min(chunk, lens[b] - t), first[b] + t // chunk
+                if done * threads // total == w:
+                    blocks = table[b, t // bs:]
+                    if dot:
+                        _item_dot(q[b], k_cache, v_cache, blocks, n, scale, T, qb[w], s[w], p[w], part_l[item, H:],
+                                  part_o[item], part_m[item], part_l[item])
+                    else:
+                        _item_portable(q[b], k_cache, v_cache, blocks, n, scale, fmt, s[w], s[w, H, :D], part_o[item],
+                                       part_m[item], part_l[item])
+                done += n
+    if B * H * D < 1 << 16 and first[B] == B:  # little to merge: not worth a second launch
+        for r in range(B * H):
+            _merge(r, first, part_o, part_m, part_l, out, G, Gp, dot)
+    else:
+        for r in prange(B * H):
+            _merge(r, first, part_o, part_m, part_l, out, G, Gp, dot)
 
 
 @njit(parallel=True, nogil=True, cache=True)
@@ -134,6 +259,45 @@ def set_threads(n):
     numba.set_num_threads(n)
 
 
+@njit(nogil=True, cache=True)
+def _cut(lens, limit, bs, threads, first):
+    """Tokens of an item: about CHUNK, less where that leaves threads idle, whole blocks. Fills first; -1: bad lengths."""
+    total = 0
+    for b in range(lens.size):
+        if not 1 <= lens[b] <= limit:
+            return -1
+        total += lens[b]
+    chunk = max(1, min(CHUNK, max(64, total // (4 * threads))) // bs) * bs
+    first[0] = 0
+    for b in range(lens.size):
+        first[b + 1] = first[b] + (lens[b] + chunk - 1) // chunk
+    return chunk
+
+
+class _Workspace(threading.local):
+    """Scratch of each calling thread, kept between calls, and the argument shapes it has already checked."""
+
+    def __init__(self):
+        self.seen, self.first = set(), np.zeros(1, np.int64)
+        self.scratch = self.parts = None
+
+    def fit(self, shape, items):
+        """shape (threads, padded heads, heads, D, tokens of an item); items: how many there are."""
+        threads, Hp, H, D, chunk = shape
+        width = max(chunk, D) + 16
+        if self.scratch is None or self.scratch[0] != shape:
+            self.scratch = shape, np.empty((threads, Hp, D), np.uint16), \
+                np.empty((threads, Hp + 1, width), np.float32), np.empty((threads, Hp, width), np.uint16)
+            self.parts = None
+        if self.parts is None or len(self.parts[0]) < items:
+            n = 2 * items
+            self.parts = np.empty((n, Hp, D), np.float32), np.empty((n, H), np.float32), np.empty((n, H + 2), np.float32)
+        return *self.scratch[1:], *self.parts
+
+
+_workspace = _Workspace()
+
+
 def _bits(x):
     return x.view(np.uint32) if x.dtype == np.float32 else x
 
@@ -143,39 +307,66 @@ def _check(name, x, dtypes, shape):
     if x.dtype not in dtypes or x.ndim != len(shape) or any(s not in (None, n) for n, s in zip(x.shape, shape)):
         raise ValueError(f"{name}: expected {' or '.join(np.dtype(t).name for t in dtypes)} {list(shape)} "
                          f"(None: any size), got {x.dtype} {list(x.shape)}")
+    if not x.flags.c_contiguous:
+        raise ValueError(f"{name}: expected a C-contiguous array, got strides {x.strides}")
 
 
-def paged_decode(q, k_cache, v_cache, block_table, seq_lens, out, scale, dtype="bf16"):
+def _check_decode(q, k_cache, v_cache, block_table, seq_lens, out, dtype, path):
+    _check("k_cache", k_cache, (np.uint16, np.float32), (None,) * 4)
+    _check("q", q, (np.float32, k_cache.dtype), (None, None, k_cache.shape[3]))
+    _check("v_cache", v_cache, (k_cache.dtype,), k_cache.shape)
+    _check("block_table", block_table, (np.int32,), (q.shape[0], None))
+    _check("seq_lens", seq_lens, (np.int32,), (q.shape[0],))
+    _check("out", out, (np.float32,), q.shape)
+    if q.shape[1] % k_cache.shape[1]:
+        raise ValueError(f"q has {q.shape[1]} heads: not a multiple of the cache's {k_cache.shape[1]}")
+    if k_cache.dtype == np.uint16 and dtype not in ("bf16", "fp16"):
+        raise ValueError(f"a uint16 cache is read as 'bf16' or 'fp16', got {dtype!r}")
+    if path not in (None, *PATHS):
+        raise ValueError(f"path {path!r}: this processor has {', '.join(PATHS)}")
+
+
+def paged_decode(q, k_cache, v_cache, block_table, seq_lens, out, scale, dtype="bf16", path=None):
     """Attention of one new token per sequence over its paged KV cache, in place into `out`.
 
-    q            [B, H, D] float32
+    q            [B, H, D] float32, or the cache's dtype
     k_cache,
     v_cache      [num_blocks, Hkv, bs, D] uint16 (read as `dtype`: "bf16" or "fp16") or float32
     block_table  [B, max_blocks] int32: block j of sequence b holds its tokens j*bs .. (j+1)*bs - 1
     seq_lens     [B] int32, 1 or more, the new token included (store it first)
     out          [B, H, D] float32
     scale        1 / sqrt(D), as a rule
+    path         "dot", "portable", or None: dot where dtype is bf16, D a multiple of 32 and bs of 16, if there is one
 
-    Slots past a sequence's length may hold anything. Uses the calling thread's Numba thread count.
+    Slots past a sequence's length may hold anything. Uses the calling thread's Numba thread count, and no other thread.
     Raises ValueError, before any work, on shapes, dtypes or lengths that do not fit.
     """
-    _check("q", q, (np.float32,), (None, None, None))
+    ws = _workspace
+    arrays = q, k_cache, v_cache, block_table, seq_lens, out
+    key = (*[x.strides for x in arrays], *[x.shape for x in arrays], *[x.dtype.char for x in arrays], dtype, path)
+    if key not in ws.seen:
+        _check_decode(*arrays, dtype, path)
+        ws.seen.add(key)
     B, H, D = q.shape
-    _check("k_cache", k_cache, (np.uint16, np.float32), (None, None, None, D))
-    _check("v_cache", v_cache, (k_cache.dtype,), k_cache.shape)
-    _check("block_table", block_table, (np.int32,), (B, None))
-    _check("seq_lens", seq_lens, (np.int32,), (B,))
-    _check("out", out, (np.float32,), (B, H, D))
-    Hkv, bs = k_cache.shape[1:3]
-    if H % Hkv:
-        raise ValueError(f"q has {H} heads: not a multiple of the cache's {Hkv}")
-    if B and not 1 <= seq_lens.min() <= seq_lens.max() <= block_table.shape[1] * bs:
+    _, Hkv, bs, _ = k_cache.shape
+    if not B:
+        return
+    if len(ws.first) <= B:
+        ws.first = np.zeros(2 * B + 1, np.int64)
+    threads = numba.get_num_threads()
+    chunk = _cut(seq_lens, block_table.shape[1] * bs, bs, threads, ws.first)
+    if chunk < 0:
         raise ValueError(f"seq_lens must lie in 1..{block_table.shape[1] * bs} (table width x block size), "
                          f"got {seq_lens.min()}..{seq_lens.max()}")
-    if k_cache.dtype == np.uint16 and dtype not in ("bf16", "fp16"):
-        raise ValueError(f"a uint16 cache is read as 'bf16' or 'fp16', got {dtype!r}")
     fmt = FP32 if k_cache.dtype == np.float32 else FORMATS[dtype]
-    _decode(q, _bits(k_cache), _bits(v_cache), block_table, seq_lens, out, np.float32(scale), fmt)
+    dot = path != "portable" and HAS_DOT and fmt == BF16 and D % 32 == 0 and bs % 16 == 0
+    G = H // Hkv
+    tile = 1 if G <= 2 else 4 if G <= 4 else 8
+    if q.dtype != np.float32:
+        q = to_float64(q, dtype).astype(np.float32)
+    buffers = ws.fit((threads, Hkv * (-(-G // tile) * tile), H, D, chunk), int(ws.first[B]))
+    _decode(q, _bits(k_cache), _bits(v_cache), block_table, seq_lens, out, np.float32(scale), fmt, dot, threads, chunk,
+            ws.first, *buffers)
 
 
 def store_kv(k, v, k_cache, v_cache, slots):
@@ -209,3 +400,8 @@ def paged_decode_reference(q, k_cache, v_cache, block_table, seq_lens, scale, dt
             p = np.exp(s - s.max())
             out[b, h] = p @ v / p.sum()
     return out
+
+
+if __name__ == "__main__":
+    import cpu_card                            # imports this file again, as a module
+    cpu_card.main()
