@@ -79,12 +79,12 @@ def fma(b, x, y, z):
     return b.call(fn, [x, y, z])
 
 
-def prefetch(b, at):
-    """Into L2; into L1 the lines would push out what is being worked on (measured: a third slower)."""
+def prefetch(b, at, level=2):
+    """Into L2 by default: far ahead, in L1 the lines would push out what is being worked on (measured: a third slower)."""
     byte = ir.IntType(8).as_pointer()
     fn = cgutils.get_or_insert_function(b.module, ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32]),
                                         "llvm.prefetch.p0")
-    b.call(fn, [b.inttoptr(at, byte), I32(0), I32(2), I32(1)])
+    b.call(fn, [b.inttoptr(at, byte), I32(0), I32(level), I32(1)])
 
 
 def fold(b, op, x):
@@ -123,14 +123,15 @@ def transpose(b, rows):
 
 @tile("iiiii")
 def scores1(b, s, k, row_bytes, q, ahead):
-    """s[16 tokens] = q[D] . k[16 tokens, D], row by row; what lies as far into `ahead` is prefetched. One head has too
-    little work per K to pay for its transpose: the sums are transposed instead."""
+    """s[16 tokens] = q[D] . k[16 tokens, D], row by row; the same rows at `ahead` are prefetched. One head has too little
+    work per K to pay for its transpose: the sums are transposed instead."""
     sums = []
     for r in range(16):
         acc = cgutils.alloca_once_value(b, constant(0.0))
+        with loop(b, row_bytes, 256) as (c, _):      # every fourth line: rows are read in order, which the processor's
+            prefetch(b, address(b, ahead, c, b.mul(row_bytes, I64(r))))     # own prefetcher sees; more only get in its way
         with loop(b, row_bytes, 64) as (c, _):
             at = address(b, c, b.mul(row_bytes, I64(r)))
-            prefetch(b, address(b, ahead, at))
             b.store(dot(b, b.load(acc), load(b, I32x16, address(b, k, at)), load(b, I32x16, address(b, q, c))), acc)
         sums.append(b.bitcast(b.load(acc), I32x16))
     columns = [b.bitcast(x, F32x16) for x in transpose(b, sums)]
@@ -142,13 +143,16 @@ def scores1(b, s, k, row_bytes, q, ahead):
 def make_scores(heads):
     @tile("iiiiiii")
     def scores(b, s, s_bytes, k, row_bytes, q, q_bytes, ahead):
-        """s[heads, 16 tokens] = q[heads, D] . k[16 tokens, D]; the 16 rows at `ahead` are prefetched in their order."""
+        """s[heads, 16 tokens] = q[heads, D] . k[16 tokens, D]. In their order, the 16 rows at `ahead` are prefetched into
+        L2 and the 16 after k into L1."""
         acc = [cgutils.alloca_once_value(b, constant(0.0)) for _ in range(heads)]
         with loop(b, row_bytes, 64) as (c, _):       # 32 dims
             rows = []
             for r in range(16):
                 rows.append(load(b, I32x16, address(b, k, c, b.mul(row_bytes, I64(r)))))
-                prefetch(b, address(b, ahead, b.mul(c, I64(16)), 64 * r))
+                line = address(b, b.mul(c, I64(16)), 64 * r)
+                prefetch(b, address(b, ahead, line))
+                prefetch(b, address(b, k, b.mul(row_bytes, I64(16)), line), level=3)
             for j, column in enumerate(transpose(b, rows)):
                 for h, slot in enumerate(acc):
                     pair = splat(b, load(b, I32, address(b, q, b.mul(q_bytes, I64(h)), c, 4 * j)))
@@ -171,7 +175,7 @@ def make_weigh(heads, vecs):
             row = address(b, v, b.mul(b.mul(t, I64(2)), row_bytes))
             for c in range(vecs):
                 x, y = load(b, I16x32, address(b, row, 64 * c)), load(b, I16x32, address(b, row, row_bytes, 64 * c))
-                for i in range(2):
+                for i in range(1 if heads == 1 else 2):
                     prefetch(b, address(b, ahead, b.mul(t, I64(128 * vecs)), 64 * (2 * c + i)))
                 halves = [b.bitcast(shuffle(b, x, y, lanes), I32x16) for lanes in (low, high)]
                 for h in range(heads):
