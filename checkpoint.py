@@ -141,13 +141,16 @@ def _hf_tensors(path):
     for file in files:
         if not file.is_file():
             raise ValueError(f"{file} is named in {index.name} but missing: download it again")
-        try:
-            shard = safetensors.safe_open(file, framework="pt")
-        except Exception as error:                              # its own error class, and it names no file
-            raise ValueError(f"{file} is truncated or not a safetensors file ({error}): download it again") from None
-        with shard:
-            for name in shard.keys():
+        for name in _open(file).keys():
+            with _open(file) as shard:                          # anew for each: what has been read stays mapped until closed
                 yield name, shard.get_tensor(name)
+
+
+def _open(file):
+    try:
+        return safetensors.safe_open(file, framework="pt")
+    except Exception as error:                                  # its own error class, and it names no file
+        raise ValueError(f"{file} is truncated or not a safetensors file ({error}): download it again") from None
 
 
 META_NAMES = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
@@ -168,8 +171,8 @@ def _meta_shards(path):
 
 def _meta_tensors(path, cfg):
     """(Hugging Face name, tensor) of every tensor in a Meta folder, its shards merged one tensor at a time."""
-    shards = _meta_shards(path)
-    for name in shards[0]:
+    for name in list(_meta_shards(path)[0]):
+        shards = _meta_shards(path)                             # anew for each, as above
         if name == "rope.freqs":
             continue
         key = name.removesuffix(".weight")
@@ -178,8 +181,8 @@ def _meta_tensors(path, cfg):
             layer, _, rest = rest.partition(".")
             prefix = f"model.layers.{layer}."
         parts = [s[name] for s in shards]
-        if rest.endswith("norm"):
-            tensor = parts[0]                                   # the same in every shard
+        if len(parts) == 1 or rest.endswith("norm"):
+            tensor = parts[0]                                   # a norm is the same in every shard
         elif rest in ("attention.wo", "feed_forward.w2") or (rest == "tok_embeddings"
                                                              and parts[0].shape[0] == cfg.vocab_size):
             tensor = torch.cat(parts, 1)                        # split by input (Llama 2 splits embeddings so too)
