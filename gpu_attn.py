@@ -53,7 +53,7 @@ class NumbaAttention(TorchAttention):
     def decode(self, q, k_cache, v_cache, block_table, seq_lens, scale, out):
         result = torch.empty(q.shape, dtype=torch.float32)
         k, v = (t if t.dtype == torch.float32 else t.view(torch.uint16) for t in (k_cache, v_cache))
-        cpu_attn.paged_decode(q.float().numpy(), k.numpy(), v.numpy(), block_table.numpy(), seq_lens.numpy(),
+        cpu_attn.paged_decode(q.float().contiguous().numpy(), k.numpy(), v.numpy(), block_table.numpy(), seq_lens.numpy(),
                               result.numpy(), scale, "bf16" if q.dtype == torch.bfloat16 else "fp16")
         out.copy_(result)
 
