@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from checkpoint import load_config, load_tokenizer
-from neo import ENGINE_ARGS, LLM, SamplingParams, add_engine_args
+from neo import ENGINE_ARGS, LLM, STRATEGIES, SamplingParams, add_engine_args
 from startup import BLOCK_SIZE, resolve_device
 
 # tokens in, then out: mean, p50, p90, p99, max, and the least (of the trace where there is one)
@@ -309,6 +309,8 @@ def prepare(args):
     """Draw the requests, size the engine for them, warm it up: (LLM, Workload, strategies)."""
     cfg, device = load_config(args.model), resolve_device(args.device)
     strategies = list(dict.fromkeys(args.strategies.split(",")))
+    if unknown := [s for s in strategies if s not in STRATEGIES]:
+        raise ValueError(f"unknown strategy {unknown[0]!r}: choose from {', '.join(STRATEGIES)}")
     rng = np.random.default_rng(args.seed)
     sizes = SIZES_CUDA if device.type == "cuda" else next(s[1:] for s in SIZES_CPU if cfg.num_params <= s[0])
     n, input_len, output_len = (asked or size for asked, size in
@@ -323,7 +325,7 @@ def prepare(args):
         engine["gpu_blocks"] = max(2 * math.ceil(1.1 * statistics.fmean(totals) / block), math.ceil(max(totals) / block))
     if args.max_model_len is None and (args.max_batch_tokens is None or args.max_batch_tokens >= max(totals)):
         engine["max_model_len"] = max(totals)
-    llm = LLM(args.model, strategies[0] if strategies == ["gpu-only"] else "neo", **engine)
+    llm = LLM(args.model, max(strategies, key=lambda s: len(STRATEGIES[s].tiers)), **engine)
     limits = []
     for s in strategies:
         llm.reset(s)

@@ -133,8 +133,6 @@ class LLM:
         cfg = self.cfg
         token_bytes = 2 * cfg.n_kv_head * cfg.head_dim * self.dtype.itemsize
         self.perf = self.perf_samples and Profile(self.perf_samples, cfg.n_layer, token_bytes)
-        if strategy == "neo" and self.perf is None:
-            raise ValueError("strategy neo needs a CPU tier: give --cpu-mem above 0, or use gpu-only")
         budget = self.budget
         self.scheduler = Scheduler(strategy, budget.num_blocks, budget.block_size, budget.max_model_len,
                                    budget.max_batch_tokens, self.perf)
@@ -178,14 +176,11 @@ class LLM:
             raise ValueError(f"token id {bad} is outside the vocabulary 0..{self.cfg.vocab_size - 1}")
         if params.stop and not self.tokenizer:
             raise ValueError(f"stop strings need text, and {self.name} comes without a tokenizer")
-        limit = self.max_request_len
-        if len(ids) >= limit:
-            raise ValueError(f"prompt of {len(ids)} tokens leaves no room for output within {limit} (max_model_len, or "
-                             "the larger KV tier): shorten it, or raise --max-model-len or the KV budget")
+        self.scheduler.check_length(len(ids))
         request_id = self.count if request_id is None else request_id
         if request_id in self.outputs:
             raise ValueError(f"request id {request_id!r} is in flight already")
-        return ids, Request(request_id, ids, min(params.max_tokens, limit - len(ids)),
+        return ids, Request(request_id, ids, min(params.max_tokens, self.max_request_len - len(ids)),
                             frozenset() if params.ignore_eos else frozenset(self.cfg.eos_ids), params.ignore_eos)
 
     def abort(self, request_id):

@@ -109,12 +109,15 @@ class Scheduler:
 
     # ---- what the engine calls
 
+    def check_length(self, num_tokens):
+        """Raise ValueError if a prompt of num_tokens can never be served."""
+        if num_tokens >= self.max_len:
+            raise ValueError(f"prompt of {num_tokens} tokens leaves no room for output: the limit is {self.max_len} "
+                             "(max_model_len, or the larger KV tier); shorten it, or raise --max-model-len or the KV budget")
+
     def add(self, request):
         """Queue a request. Raises ValueError if it can never be served."""
-        if request.num_tokens >= self.max_len:
-            raise ValueError(f"prompt of {request.num_tokens} tokens leaves no room for output: the limit is "
-                             f"{self.max_len} (max_model_len, or the larger KV tier); raise --max-model-len or the KV "
-                             "budget, or shorten the prompt")
+        self.check_length(request.num_tokens)
         request.arrival = self.arrivals = self.arrivals + 1
         self.waiting.append(request)
 

@@ -160,6 +160,9 @@ def plan_budget(name, cfg, dtype, device, strategy, gpu_mem=None, gpu_blocks=Non
         if num_blocks[tier] * block_bytes > room:
             raise ValueError(f"a {tier.upper()} tier of {fmt_gib(num_blocks[tier] * block_bytes)} does not fit in the "
                              f"{fmt_gib(max(room, 0))} free beside {what}: lower {flags}")
+    if "cpu" in STRATEGIES[strategy].tiers and not num_blocks["cpu"]:
+        raise ValueError(f"strategy {strategy} keeps KV in host memory, and the CPU tier of {fmt_gib(cpu_bytes)} holds no "
+                         f"block of {fmt_gib(block_bytes)}: raise --cpu-mem, or use gpu-only")
     held = max(num_blocks[tier] for tier in STRATEGIES[strategy].tiers) * block_size
     if held < 2 or (max_model_len and max_model_len > held):
         raise ValueError(f"max_model_len = {limit} tokens, but the KV budget of {strategy} holds {held} (its larger tier): "
