@@ -326,6 +326,11 @@ def _check_decode(q, k_cache, v_cache, block_table, seq_lens, out, dtype, path):
         raise ValueError(f"path {path!r}: this processor has {', '.join(PATHS)}")
 
 
+def fastest_path(dtype, head_dim, block_size):
+    """The path that `paged_decode` takes unless told: dtype "bf16", "fp16" or "fp32"."""
+    return "dot" if HAS_DOT and dtype == "bf16" and head_dim % 32 == 0 and block_size % 16 == 0 else "portable"
+
+
 def paged_decode(q, k_cache, v_cache, block_table, seq_lens, out, scale, dtype="bf16", path=None):
     """Attention of one new token per sequence over its paged KV cache, in place into `out`.
 
@@ -336,7 +341,7 @@ def paged_decode(q, k_cache, v_cache, block_table, seq_lens, out, scale, dtype="
     seq_lens     [B] int32, 1 or more, the new token included (store it first)
     out          [B, H, D] float32
     scale        1 / sqrt(D), as a rule
-    path         "dot", "portable", or None: dot where dtype is bf16, D a multiple of 32 and bs of 16, if there is one
+    path         "portable"; "dot" (where dtype, D and bs allow it, else portable) or None, the fastest
 
     Slots past a sequence's length may hold anything. Uses the calling thread's Numba thread count, and no other thread.
     Raises ValueError, before any work, on shapes, dtypes or lengths that do not fit.
@@ -358,14 +363,14 @@ def paged_decode(q, k_cache, v_cache, block_table, seq_lens, out, scale, dtype="
     if chunk < 0:
         raise ValueError(f"seq_lens must lie in 1..{block_table.shape[1] * bs} (table width x block size), "
                          f"got {seq_lens.min()}..{seq_lens.max()}")
-    fmt = FP32 if k_cache.dtype == np.float32 else FORMATS[dtype]
-    dot = path != "portable" and HAS_DOT and fmt == BF16 and D % 32 == 0 and bs % 16 == 0
+    dtype = "fp32" if k_cache.dtype == np.float32 else dtype
+    dot = path != "portable" and fastest_path(dtype, D, bs) == "dot"
     G = H // Hkv
     tile = 1 if G <= 2 else 4 if G <= 4 else 8
     if q.dtype != np.float32:
         q = to_float64(q, dtype).astype(np.float32)
     buffers = ws.fit((threads, Hkv * (-(-G // tile) * tile), H, D, chunk), int(ws.first[B]))
-    _decode(q, _bits(k_cache), _bits(v_cache), block_table, seq_lens, out, np.float32(scale), fmt, dot, threads, chunk,
+    _decode(q, _bits(k_cache), _bits(v_cache), block_table, seq_lens, out, np.float32(scale), FORMATS[dtype], dot, threads, chunk,
             ws.first, *buffers)
 
 

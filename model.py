@@ -148,6 +148,7 @@ class Model:
         self.cfg, self.dtype, self.device, self.cpu_threads = cfg, dtype, device, cpu_threads
         self.gpu = CudaQueue() if device.type == "cuda" else ThreadQueue(gpu_threads)
         self.attn = BACKENDS[choose(device) if gpu_attn == "auto" else gpu_attn]()
+        self.format = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
         self.random_weights = model in PRESETS
         self.host = [HostBuffers(cfg, dtype, device.type == "cuda") for _ in range(2)]
         self.records = []                                      # of the last run: who worked on what, when
@@ -274,7 +275,7 @@ class Model:
         cpu_attn.store_kv(host["k"][:b.host_rows], host["v"][:b.host_rows], k, v, b.cpu_slots)
         if n:
             cpu_attn.paged_decode(host["q"][:n], k, v, b.cpu_table, b.cpu_lens, host["o"][:n],
-                                  self.cfg.head_dim ** -0.5, "bf16" if self.dtype == torch.bfloat16 else "fp16")
+                                  self.cfg.head_dim ** -0.5, self.format)
         self.records.append(("cpu", "cpu_attend", i, b.index, start, time.perf_counter()))
 
     def forward(self, b, kv, depth):
@@ -305,6 +306,11 @@ class Model:
                     turns.rotate(-1)
         finally:
             self.records += self.gpu.drain()                    # also when a stage failed: nothing may run on
+
+    def attention(self, block_size):
+        """Which attention runs in either tier, in words."""
+        path = cpu_attn.fastest_path(self.format, self.cfg.head_dim, block_size)
+        return f"GPU tier: {type(self.attn).__name__}, CPU tier: Numba, {path} path"
 
     def _norm(self, x, weight):
         return F.rms_norm(x, (self.cfg.n_embd,), weight, self.cfg.norm_eps)

@@ -24,7 +24,7 @@ from model import Model
 from perfmodel import Prediction, Profile
 from scheduler import STRATEGIES, Request, Scheduler
 from startup import BLOCK_SIZE, device_name, fmt_gib, plan_budget, profile_samples, resolve_device, resolve_dtype, \
-    resolve_threads
+    resolve_threads, warm_up
 
 
 @dataclass
@@ -122,6 +122,7 @@ class LLM:
         self.load_seconds = time.perf_counter() - started
         self.kv = KVCache((cfg.n_layer, cfg.n_kv_head, cfg.head_dim), budget.block_size, budget.num_blocks["gpu"],
                           budget.num_blocks["cpu"], budget.max_model_len, self.dtype, self.device)
+        warm_up(self)
         self.perf_samples = profile_samples(self) if budget.num_blocks["cpu"] else None
         self.reset(strategy)
 
@@ -336,7 +337,7 @@ class LLM:
             f"{cfg.n_kv_head} heads of {cfg.head_dim}; {str(self.dtype)[6:]}, {fmt_gib(budget.weight_bytes)} of {kind}, "
             f"ready in {self.load_seconds:.1f} s",
             f"threads    {f'{self.gpu_threads} as the GPU, ' if cpu else ''}{self.cpu_threads} for CPU attention",
-            f"attention  GPU tier: {type(self.model.attn).__name__}, CPU tier: Numba",
+            f"attention  {self.model.attention(budget.block_size)}",
             f"KV budget  {tiers}; blocks of {budget.block_size}",
             f"limits     {budget.max_model_len} tokens per request, {budget.max_batch_tokens} prompt tokens per iteration"))
 

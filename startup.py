@@ -164,19 +164,30 @@ def plan_budget(name, cfg, dtype, device, strategy, gpu_mem=None, gpu_blocks=Non
         raise ValueError(f"strategy {strategy} keeps KV in host memory, and the CPU tier of {fmt_gib(cpu_bytes)} holds no "
                          f"block of {fmt_gib(block_bytes)}: raise --cpu-mem, or use gpu-only")
     held = max(num_blocks[tier] for tier in STRATEGIES[strategy].tiers) * block_size
-    if held < 2 or (max_model_len and max_model_len > held):
+    if min(held, limit) < 2 or (max_model_len and max_model_len > held):
         raise ValueError(f"max_model_len = {limit} tokens, but the KV budget of {strategy} holds {held} (its larger tier): "
                          "raise --gpu-mem, --gpu-blocks or --cpu-mem, or lower --max-model-len")
     return Budget(num_blocks, block_size, block_bytes, weight_bytes, limit, max_batch_tokens)
 
 
-# ------------------------------------------------------------------------------------------------- the measured profile
+# ---------------------------------------------------------------------------------- warm-up and the measured profile
+
+def warm_up(llm):
+    """Run one layer of a prompt and of a decode in each tier, so that no request waits for kernels to be compiled."""
+    for tier in ("gpu", "cpu"):
+        if llm.budget.num_blocks[tier]:
+            r = Request("warm-up", [0, 0], 1, tier=tier)
+            llm.model.run([llm.kv.bind(Batch([r]))], llm.kv, 1)
+            r.prompt, r.output, r.num_kv = [0], [0], 1
+            llm.model.run([llm.kv.bind(Batch(**{tier: [r]}))], llm.kv, 1)
+            llm.kv.release(r.id)
+
 
 def profile_samples(llm):
     """perfmodel.Profile's samples for this engine: from the cache if measured under the same key, else measured now."""
     cfg, budget = llm.cfg, llm.budget
     key = dict(version=PROFILE_VERSION, device=device_name(llm.device), torch=torch.__version__, dtype=str(llm.dtype),
-               threads=[llm.gpu_threads, llm.cpu_threads], attention=type(llm.model.attn).__name__,
+               threads=[llm.gpu_threads, llm.cpu_threads], attention=llm.model.attention(budget.block_size),
                geometry=[cfg.n_layer, cfg.n_head, cfg.n_kv_head, cfg.head_dim, cfg.n_embd, cfg.n_ffn, cfg.vocab_size],
                blocks=budget.num_blocks, block_size=budget.block_size, max_model_len=budget.max_model_len,
                max_batch_tokens=budget.max_batch_tokens)
