@@ -116,10 +116,10 @@ def plan_budget(name, cfg, dtype, device, strategy, gpu_mem=None, gpu_blocks=Non
     """LLM's memory arguments -> Budget, checked against what is free. Raises ValueError on what does not fit."""
     if strategy not in STRATEGIES:
         raise ValueError(f"unknown strategy {strategy!r}: choose one of {', '.join(STRATEGIES)}")
-    for arg, value in (("gpu_mem", gpu_mem), ("gpu_blocks", gpu_blocks), ("block_size", block_size),
-                       ("max_model_len", max_model_len), ("max_batch_tokens", max_batch_tokens)):
-        if value is not None and value <= 0:
-            raise ValueError(f"{arg} = {value}: must be above 0")
+    for arg, value, least in (("gpu_mem", gpu_mem, 0), ("gpu_blocks", gpu_blocks, 0), ("block_size", block_size, 0),
+                              ("max_model_len", max_model_len, 1), ("max_batch_tokens", max_batch_tokens, 1)):
+        if value is not None and value <= least:
+            raise ValueError(f"{arg} = {value}: must be above {least}")
     if cpu_mem is not None and cpu_mem < 0:
         raise ValueError(f"cpu_mem = {cpu_mem}: must be 0 or more GiB")
     if max_model_len and max_model_len > cfg.max_position:
@@ -164,7 +164,7 @@ def plan_budget(name, cfg, dtype, device, strategy, gpu_mem=None, gpu_blocks=Non
         raise ValueError(f"strategy {strategy} keeps KV in host memory, and the CPU tier of {fmt_gib(cpu_bytes)} holds no "
                          f"block of {fmt_gib(block_bytes)}: raise --cpu-mem, or use gpu-only")
     held = max(num_blocks[tier] for tier in STRATEGIES[strategy].tiers) * block_size
-    if min(held, limit) < 2 or (max_model_len and max_model_len > held):
+    if held < 2 or (max_model_len and max_model_len > held):
         raise ValueError(f"max_model_len = {limit} tokens, but the KV budget of {strategy} holds {held} (its larger tier): "
                          "raise --gpu-mem, --gpu-blocks or --cpu-mem, or lower --max-model-len")
     return Budget(num_blocks, block_size, block_bytes, weight_bytes, limit, max_batch_tokens)

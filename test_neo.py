@@ -720,6 +720,7 @@ def test_bad_requests_are_refused_and_the_others_go_on(tiny):
     (dict(dtype="int8"), "dtype 'int8'"), (dict(device="tpu"), "device 'tpu'"), (dict(model="llama-70b"), "do not fit"),
     (dict(gpu_mem=1e-6), "--gpu-mem"), (dict(gpu_blocks=10 ** 9), "GPU tier.*does not fit"),
     (dict(cpu_mem=10 ** 6), "CPU tier.*does not fit"), (dict(gpu_blocks=0), "gpu_blocks = 0"),
+    (dict(max_model_len=1), "max_model_len = 1: must be above 1"),
     (dict(cpu_mem=-1), "cpu_mem"), (dict(max_model_len=10 ** 6), "512 positions"), (dict(cpu_threads=10 ** 4), "cpu_threads"),
     (dict(max_model_len=256, max_batch_tokens=100), "max_batch_tokens"), (dict(cpu_mem=0), "CPU tier"),
     (dict(strategy="gpu-only", gpu_blocks=4, max_model_len=100), "holds 64"), (dict(simulate="t4"), "simulate")])
