@@ -410,6 +410,8 @@ def main(argv=None):
         out = llm.outputs[llm.add_request(prompt, params)]
     except ValueError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted before the first token")
     print(llm.describe(), file=sys.stderr)
     llm.verbose, shown, hold = args.verbose, 0, max(map(len, params.stop), default=1) - 1
     try:
@@ -422,8 +424,9 @@ def main(argv=None):
                 print(out.text[shown:end], end="", flush=True)
                 shown = end
     except KeyboardInterrupt:
-        pass
+        llm.abort(out.request_id)
     print(f"\n[{len(out.token_ids)} tokens, {out.finish_reason}]", file=sys.stderr)
+    sys.exit(130 if out.finish_reason == "abort" else 0)
 
 
 if __name__ == "__main__":
