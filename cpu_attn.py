@@ -116,8 +116,7 @@ def _item_dot(q, k_cache, v_cache, blocks, n, scale, T, qb, s, p, ml, o, m, l):
     Scratch: qb [Hkv G', D] uint16, s [Hkv G', width] float32, p [Hkv G', width] uint16, ml [2]. o [Hkv G', D]."""
     H, D = q.shape
     Hkv, bs = k_cache.shape[1], k_cache.shape[2]
-    G, width = H // Hkv, s.shape[1]
-    Gp = (G + T - 1) // T * T
+    G, Gp, width = H // Hkv, o.shape[0] // Hkv, s.shape[1]
     row = 2 * D                                # bytes
     head, block = bs * row, Hkv * bs * row
     lag = max(1, AHEAD // head)                # heads between reading and prefetching
@@ -182,9 +181,9 @@ def _item_dot(q, k_cache, v_cache, blocks, n, scale, T, qb, s, p, ml, o, m, l):
 
 @njit
 def _merge(r, first, part_o, part_m, part_l, out, G, Gp, dot):
-    """Row r = (sequence, head) of out from the items of its sequence."""
+    """Row r = (sequence, head) of out from the items of its sequence, whose groups of G heads are padded to Gp."""
     b, h = r // out.shape[1], r % out.shape[1]
-    g, D = h // G * Gp + h % G if dot else h, out.shape[2]
+    g, D = h // G * Gp + h % G, out.shape[2]
     i0, i1 = first[b], first[b + 1]
     m, l = part_m[i0, h], part_l[i0, h]
     if i1 > i0 + 1:
@@ -208,13 +207,12 @@ def _merge(r, first, part_o, part_m, part_l, out, G, Gp, dot):
 
 
 @njit(parallel=True, nogil=True, cache=True)
-def _decode(q, k_cache, v_cache, table, lens, out, scale, fmt, dot, threads, chunk, first, qb, s, p, part_o, part_m, part_l):
-    """Deal out items, then merge. first [B + 1]: items of sequence b are first[b] .. first[b + 1]. qb, s, p are scratch
+def _decode(q, k_cache, v_cache, table, lens, out, scale, fmt, T, threads, chunk, first, qb, s, p, part_o, part_m, part_l):
+    """Deal out items, then merge. T: heads of a tile, 0 for the portable path. first [B + 1]: items of sequence b are first[b] .. first[b + 1]. qb, s, p are scratch
     with a row per thread; part_o, part_m, part_l have one per item."""
     B, H, D = q.shape
-    bs, G = k_cache.shape[2], H // k_cache.shape[1]
-    T = 1 if G <= 2 else 4 if G <= 4 else 8                                 # heads of a tile
-    Gp = (G + T - 1) // T * T
+    bs, Hkv, dot = k_cache.shape[2], k_cache.shape[1], T > 0
+    G, Gp = H // Hkv, part_o.shape[1] // Hkv
     total = 0
     for b in range(B):
         total += lens[b]
@@ -366,11 +364,12 @@ def paged_decode(q, k_cache, v_cache, block_table, seq_lens, out, scale, dtype="
     dtype = "fp32" if k_cache.dtype == np.float32 else dtype
     dot = path != "portable" and fastest_path(dtype, D, bs) == "dot"
     G = H // Hkv
-    tile = 1 if G <= 2 else 4 if G <= 4 else 8
+    tile = (1 if G <= 2 else 4 if G <= 4 else 8) if dot else 0              # heads of a tile
+    padded = -(-G // tile) * tile if dot else G
     if q.dtype != np.float32:
         q = to_float64(q, dtype).astype(np.float32)
-    buffers = ws.fit((threads, Hkv * (-(-G // tile) * tile), H, D, chunk), int(ws.first[B]))
-    _decode(q, _bits(k_cache), _bits(v_cache), block_table, seq_lens, out, np.float32(scale), FORMATS[dtype], dot, threads, chunk,
+    buffers = ws.fit((threads, Hkv * padded, H, D, chunk), int(ws.first[B]))
+    _decode(q, _bits(k_cache), _bits(v_cache), block_table, seq_lens, out, np.float32(scale), FORMATS[dtype], tile, threads, chunk,
             ws.first, *buffers)
 
 

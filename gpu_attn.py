@@ -6,12 +6,14 @@ played by CPU cores the paged kernel of cpu_attn.py, on the GPU's own threads.
     decode(q, k_cache, v_cache, block_table, seq_lens, scale, out) one new row per sequence over its blocks
 
 A back end is a class with these three methods; model.py calls nothing else, so a faster one plugs in by its name in
-BACKENDS, and is chosen in `choose`. Knows one layer and the GPU tier, nothing of schedulers or of the CPU tier. Glossary of symbols: model.py.
+BACKENDS, and is chosen in `choose`. Knows one layer and the GPU tier, nothing of schedulers or of the CPU tier.
+Glossary of symbols: model.py.
 """
 import torch
 import torch.nn.functional as F
 
 import cpu_attn
+from kvcache import FORMATS, to_numpy
 
 
 class TorchAttention:
@@ -52,9 +54,8 @@ class NumbaAttention(TorchAttention):
 
     def decode(self, q, k_cache, v_cache, block_table, seq_lens, scale, out):
         result = torch.empty(q.shape, dtype=torch.float32)
-        k, v = (t if t.dtype == torch.float32 else t.view(torch.uint16) for t in (k_cache, v_cache))
-        cpu_attn.paged_decode(q.float().contiguous().numpy(), k.numpy(), v.numpy(), block_table.numpy(), seq_lens.numpy(),
-                              result.numpy(), scale, "bf16" if q.dtype == torch.bfloat16 else "fp16")
+        cpu_attn.paged_decode(q.float().contiguous().numpy(), to_numpy(k_cache), to_numpy(v_cache), block_table.numpy(),
+                              seq_lens.numpy(), result.numpy(), scale, FORMATS[q.dtype])
         out.copy_(result)
 
 

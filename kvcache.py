@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 HUGE_PAGE = 2 << 20
+FORMATS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}   # a dtype's name, to users and to Numba
 STAGE_BYTES = 64 << 20  # pinned staging buffer for swaps on CUDA: large enough for full PCIe speed, quick to pin
 
 
@@ -105,7 +106,6 @@ class KVCache:
         self.gpu = Tier(num_gpu_blocks, shape, dtype, device)
         self.cpu = Tier(num_cpu_blocks, shape, dtype, torch.device("cpu"))
         self.cpu_k, self.cpu_v = to_numpy(self.cpu.k), to_numpy(self.cpu.v)  # the views Numba reads
-        self.block_bytes = 2 * L * Hkv * block_size * D * dtype.itemsize
         self.sequences = {}                                                  # request id -> Sequence
         self.table = np.zeros((16, -(-max_len // block_size)), np.int32)     # a row per resident request
         self.free_rows = list(range(15, -1, -1))

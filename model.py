@@ -28,7 +28,7 @@ from tqdm import tqdm
 import cpu_attn
 from checkpoint import PRESETS, read_tensors
 from gpu_attn import BACKENDS, choose
-from kvcache import to_numpy, zeros
+from kvcache import FORMATS, to_numpy, zeros
 
 # ------------------------------------------------------------------------------------------------------- the queues
 
@@ -148,7 +148,7 @@ class Model:
         self.cfg, self.dtype, self.device, self.cpu_threads = cfg, dtype, device, cpu_threads
         self.gpu = CudaQueue() if device.type == "cuda" else ThreadQueue(gpu_threads)
         self.attn = BACKENDS[choose(device) if gpu_attn == "auto" else gpu_attn]()
-        self.format = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+        self.format = FORMATS[dtype]
         self.random_weights = model in PRESETS
         self.host = [HostBuffers(cfg, dtype, device.type == "cuda") for _ in range(2)]
         self.records = []                                      # of the last run: who worked on what, when

@@ -131,10 +131,8 @@ class LLM:
         Raises ValueError on an unknown strategy and RuntimeError while requests are in flight."""
         if getattr(self, "outputs", None):
             raise RuntimeError(f"{len(self.outputs)} requests are in flight: finish or abort them first")
-        cfg = self.cfg
-        token_bytes = 2 * cfg.n_kv_head * cfg.head_dim * self.dtype.itemsize
-        self.perf = self.perf_samples and Profile(self.perf_samples, cfg.n_layer, token_bytes)
         budget = self.budget
+        self.perf = self.perf_samples and Profile(self.perf_samples, self.cfg.n_layer, budget.token_bytes)
         self.scheduler = Scheduler(strategy, budget.num_blocks, budget.block_size, budget.max_model_len,
                                    budget.max_batch_tokens, self.perf)
         self.strategy, self.outputs, self.requests, self.count = strategy, {}, {}, 0
@@ -281,12 +279,13 @@ class LLM:
         params = params if isinstance(params, list) else [params or SamplingParams()] * len(prompts)
         if len(params) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts, but {len(params)} SamplingParams")
+        ids = []
         for i, (prompt, p) in enumerate(zip(prompts, params)):
             try:
-                self._request(prompt, p)
+                ids.append(self._request(prompt, p)[0])
             except ValueError as error:
                 raise ValueError(f"prompt {i}: {error}") from None
-        outs = [self.outputs[self.add_request(prompt, p)] for prompt, p in zip(prompts, params)]
+        outs = [self.outputs[self.add_request(prompt, p)] for prompt, p in zip(ids, params)]
         try:
             with tqdm(total=len(outs), desc="generate", unit="req", disable=None, leave=False) as bar:
                 while any(out.finish_reason is None for out in outs):

@@ -89,7 +89,6 @@ class Profile(PerfModel):
 
     def __init__(self, samples, n_layer, token_bytes):
         super().__init__(n_layer, token_bytes)
-        self.samples = samples
         self._linear, self._head = _curve(samples["linear"]), _curve(samples["head"])
         self._prefill = _fit([[1, n, n * n] for n, _ in samples["prefill"]], samples["prefill"])
         self._gpu_decode = _fit([[1, kv] for kv, _ in samples["gpu_decode"]], samples["gpu_decode"])
@@ -134,7 +133,8 @@ def save_profile(path, key, samples):
 
 
 def _curve(points):
-    """[[n, ms], ...] -> sorted (ns, ms), one median each, ms never falling: more rows never take less time, noise says otherwise."""
+    """[[n, ms], ...] -> sorted (ns, ms), one median each, ms never falling: more rows never take less time, whatever
+    noise says."""
     ns = sorted({n for n, _ in points})
     ms = [np.median([t for m, t in points if m == n]) for n in ns]
     return ns, np.maximum.accumulate(ms).tolist()

@@ -261,7 +261,6 @@ class Scheduler:
         s["iterations"] += 1
         s["pipelined_iterations"] += len(plan.batches) == 2
         s["preemptions"] += len(plan.preempted)
-        s["swapped_requests"] += len(plan.swap_out) + len(plan.swap_in)
         s["prefill_tokens"] += sum(r.num_tokens for r in plan.prefill)
         s["cpu_prefills"] += sum(r.tier == "cpu" for r in plan.prefill)
         s["gpu_decode_tokens"] += sum(len(b.gpu) for b in plan.batches)

@@ -18,11 +18,12 @@ from llvmlite import binding
 from tqdm import tqdm
 
 import cpu_attn
+from kvcache import FORMATS
 from perfmodel import load_profile, save_profile
 from scheduler import STRATEGIES, Batch, Request
 
 GIB = 1 << 30
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {name: dtype for dtype, name in FORMATS.items()}
 BLOCK_SIZE = 16                # tokens per block, the paper's
 MAX_MODEL_LEN = 8192           # cap of the default; longer only if asked for
 MAX_BATCH_TOKENS = 2048        # default prompt tokens per iteration, at least max_model_len
@@ -92,7 +93,8 @@ class Budget:
     """Memory and lengths of an engine, as `plan_budget` decided them."""
     num_blocks: dict            # {"gpu": blocks, "cpu": blocks}
     block_size: int             # tokens per block
-    block_bytes: int            # of one block over all layers, K and V
+    token_bytes: int            # one token's K and V in one layer
+    block_bytes: int            # one block's over all layers
     weight_bytes: int
     max_model_len: int          # tokens of one request
     max_batch_tokens: int       # prompt tokens of one iteration
@@ -132,7 +134,8 @@ def plan_budget(name, cfg, dtype, device, strategy, gpu_mem=None, gpu_blocks=Non
                          "in one iteration, so raise the one or lower the other")
 
     weight_bytes = cfg.num_params * dtype.itemsize
-    block_bytes = 2 * cfg.n_layer * cfg.n_kv_head * block_size * cfg.head_dim * dtype.itemsize
+    token_bytes = 2 * cfg.n_kv_head * cfg.head_dim * dtype.itemsize
+    block_bytes = token_bytes * block_size * cfg.n_layer
     row = 3 * cfg.n_embd + 2 * (cfg.n_head + 2 * cfg.n_kv_head) * cfg.head_dim + 3 * cfg.n_ffn  # x, h, o | q, k, v | FFN
     activation_bytes = max_batch_tokens * row * dtype.itemsize
     used, on_cuda, host = weight_bytes + activation_bytes, device.type == "cuda", host_memory()
@@ -167,7 +170,7 @@ def plan_budget(name, cfg, dtype, device, strategy, gpu_mem=None, gpu_blocks=Non
     if held < 2 or (max_model_len and max_model_len > held):
         raise ValueError(f"max_model_len = {limit} tokens, but the KV budget of {strategy} holds {held} (its larger tier): "
                          "raise --gpu-mem, --gpu-blocks or --cpu-mem, or lower --max-model-len")
-    return Budget(num_blocks, block_size, block_bytes, weight_bytes, limit, max_batch_tokens)
+    return Budget(num_blocks, block_size, token_bytes, block_bytes, weight_bytes, limit, max_batch_tokens)
 
 
 # ---------------------------------------------------------------------------------- warm-up and the measured profile
@@ -208,7 +211,6 @@ def measure_profile(llm, seconds=8.0):
     layer_bytes = cfg.num_params * llm.dtype.itemsize / cfg.n_layer
     depth = int(min(cfg.n_layer, max(3, -(-100e6 // layer_bytes))))
     samples = {k: [] for k in ("linear", "head", "prefill", "gpu_decode", "cpu_decode", "transfer")}
-    token_bytes = 2 * cfg.n_kv_head * cfg.head_dim * llm.dtype.itemsize
     start, last = time.perf_counter(), 0.0
 
     def request(n, tier, decode):
@@ -252,7 +254,7 @@ def measure_profile(llm, seconds=8.0):
         t = timed([request(n, "cpu", False)])
         samples["linear"].append([n, t["linear"]])
         samples["prefill"].append([n, t["attend"]])
-        samples["transfer"].append([n * token_bytes, t["cpu_attend"]])
+        samples["transfer"].append([n * budget.token_bytes, t["cpu_attend"]])
         bar.update()
     for n in (1, 4, 16, 64):                                     # n decodes of equal length in the CPU tier
         for share in (4, 1):
