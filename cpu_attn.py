@@ -6,7 +6,7 @@ One work item is (sequence, a range of about CHUNK tokens, all heads), so that a
 items are dealt out by tokens, one share a thread. An item leaves (unnormalised out, max, sum), and a second pass merges
 them by log-sum-exp:
 
-    sequence 0  |item 0: tokens 0..255|item 1: 256..511|item 2: 512..600|        any thread, any order
+    sequence 0  |item 0: tokens 0..511|item 1: 512..1023|item 2: 1024..1100|      any thread, any order
     merge       out = sum_i 2^(m_i - m) o_i / sum_i 2^(m_i - m) l_i              m: maxima, base 2
 
 Inside an item: scores of all its tokens, softmax, weighted sum of V. Two paths: `dot`, bf16 on AVX512-BF16 (cpu_tiles.py;
@@ -24,37 +24,21 @@ from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
 
-from cpu_tiles import HAS_DOT, LANES, scores1, scores4, scores8, softmax, weigh1, weigh1_wide, weigh4, weigh4_wide, weigh8
+from cpu_tiles import HAS_DOT, HEADS, LOG2E, dot_item, finish
 
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # workqueue: 130 us a launch, and not reentrant
 
-CHUNK = 256                                   # most tokens of a work item: its scores stay in L2
-AHEAD = 16384                                 # bytes between reading and prefetching
+CHUNK = 512                                   # most tokens of a work item: its scores stay in L2
 BF16, FP16, FP32 = 0, 1, 2                    # how the bits of a cache element are read
 FORMATS = {"bf16": BF16, "fp16": FP16, "fp32": FP32}
 FAST = {"reassoc", "contract", "nsz", "arcp"}  # vectorise reductions, but keep inf and NaN honest
 PATHS = ("dot", "portable") if HAS_DOT else ("portable",)
-LOG2E = np.float32(1.4426950408889634)
-_LANES = np.array(LANES)
 
 
 @intrinsic
 def _as_f32(typingctx, x):
     """Reinterpret the bits of a uint32 as float32."""
     return types.float32(types.uint32), lambda ctx, builder, sig, args: builder.bitcast(args[0], ir.FloatType())
-
-
-@intrinsic
-def _as_u32(typingctx, x):
-    """Reinterpret the bits of a float32 as uint32."""
-    return types.uint32(types.float32), lambda ctx, builder, sig, args: builder.bitcast(args[0], ir.IntType(32))
-
-
-@njit(inline="always")
-def _to_bf16(x):
-    u = _as_u32(x)
-    return np.uint16(np.uint32(u + np.uint32(0x7FFF) + np.uint32(np.uint32(u >> np.uint32(16)) & np.uint32(1))) >>
-                     np.uint32(16))
 
 
 @njit(inline="always")
@@ -110,97 +94,22 @@ def _item_portable(q, k_cache, v_cache, blocks, n, scale, fmt, p, row, o, m, l):
                         o[g, d] += w * row[d]
 
 
-@njit                                          # no fastmath: it would cancel the rounding trick of the softmax tile
-def _item_dot(q, k_cache, v_cache, blocks, n, scale, T, qb, s, p, ml, o, m, l):
-    """The same by the tiles of cpu_tiles.py, T heads a tile; a group of G heads is padded to G' = a multiple of T.
-    Scratch: qb [Hkv G', D] uint16, s [Hkv G', width] float32, p [Hkv G', width] uint16, ml [2]. o [Hkv G', D]."""
-    H, D = q.shape
-    Hkv, bs = k_cache.shape[1], k_cache.shape[2]
-    G, Gp, width = H // Hkv, o.shape[0] // Hkv, s.shape[1]
-    row = 2 * D                                # bytes
-    head, block = bs * row, Hkv * bs * row
-    lag = max(1, AHEAD // head)                # heads between reading and prefetching
-    K, V = k_cache.ctypes.data, v_cache.ctypes.data
-    wide = D % 128 == 0 if T == 1 else D % 64 == 0 and T == 4
-    span = 64 if not wide else 256 if T == 1 else 128      # bytes of a V row that a tile takes
-    for h in range(H):
-        for d in range(D):
-            qb[h // G * Gp + h % G, d] = _to_bf16(q[h, d])
-    for j in range(0, n, bs):
-        here = K + np.int64(blocks[j // bs]) * block
-        after = K + np.int64(blocks[j // bs + 1]) * block if j + bs < n else V + np.int64(blocks[0]) * block
-        for h in range(Hkv):
-            ahead = here + (h + lag) * head if h + lag < Hkv else after + min(h + lag - Hkv, Hkv - 1) * head
-            for t in range(0, min(bs, n - j), 16):
-                for g in range(h * Gp, h * Gp + Gp, T):
-                    at = s.ctypes.data + (g * width + j + t) * 4
-                    k, qa, pre = here + h * head + t * row, qb.ctypes.data + g * row, ahead + t * row
-                    if T == 1:
-                        scores1(at, k, row, qa, pre)
-                    elif T == 4:
-                        scores4(at, 4 * width, k, row, qa, row, pre)
-                    else:
-                        scores8(at, 4 * width, k, row, qa, row, pre)
-    for h in range(H):
-        g = h // G * Gp + h % G
-        for t in range(n, (n + 15) // 16 * 16):
-            s[g, t] = -3e38                    # slots past the end may hold anything
-        softmax(s.ctypes.data + g * width * 4, p.ctypes.data + g * width * 2, (n + 15) // 16 * 16, scale * LOG2E,
-                ml.ctypes.data)
-        m[h], l[h] = ml[0], ml[1]
-        p[g, n] = 0                            # the partner of a last, odd token
-    for g in range(Hkv * Gp):
-        for d in range(D):
-            o[g, d] = 0
-    for j in range(0, n, bs):
-        here = V + np.int64(blocks[j // bs]) * block
-        after = V + np.int64(blocks[j // bs + 1]) * block if j + bs < n else here
-        tokens = min(bs, n - j)
-        for h in range(Hkv):
-            ahead = here + (h + lag) * head if h + lag < Hkv else after + min(h + lag - Hkv, Hkv - 1) * head
-            for t in range(0, tokens, tokens - 1 if tokens & 1 and tokens > 1 else tokens):
-                odd = t + 1 == tokens          # V of its partner may be NaN: read the same row twice, weight 0
-                step, pairs = (0, 1) if odd else (row, tokens // 2)
-                for g in range(h * Gp, h * Gp + Gp, T):
-                    pa = p.ctypes.data + (g * width + j + t) * 2
-                    c = 0
-                    while c < row:
-                        at, v, pre = o.ctypes.data + g * D * 4 + 2 * c, here + h * head + t * row + c, ahead + c * bs
-                        if T == 8:
-                            weigh8(at, 4 * D, v, step, pa, 2 * width, pairs, pre)
-                        elif T == 4 and wide:
-                            weigh4_wide(at, 4 * D, v, step, pa, 2 * width, pairs, pre)
-                        elif T == 4:
-                            weigh4(at, 4 * D, v, step, pa, 2 * width, pairs, pre)
-                        elif wide:
-                            weigh1_wide(at, 4 * D, v, step, pa, 2 * width, pairs, pre)
-                        else:
-                            weigh1(at, 4 * D, v, step, pa, 2 * width, pairs, pre)
-                        c += span
-
-
 @njit
 def _merge(r, first, part_o, part_m, part_l, out, G, Gp, dot):
     """Row r = (sequence, head) of out from the items of its sequence, whose groups of G heads are padded to Gp."""
     b, h = r // out.shape[1], r % out.shape[1]
     g, D = h // G * Gp + h % G, out.shape[2]
-    i0, i1 = first[b], first[b + 1]
-    m, l = part_m[i0, h], part_l[i0, h]
-    if i1 > i0 + 1:
-        for i in range(i0 + 1, i1):
-            m = max(m, part_m[i, h])
-        l = np.float32(0)
-        for i in range(i0, i1):
-            l += np.exp2(part_m[i, h] - m) * part_l[i, h]
-    out[b, h] = 0
-    for i in range(i0, i1):
-        w = (np.float32(1) if i1 == i0 + 1 else np.exp2(part_m[i, h] - m)) / l
+    m, l = part_m[first[b], g], np.float32(0)
+    for i in range(first[b], first[b + 1]):
+        m = max(m, part_m[i, g])
+    for i in range(first[b], first[b + 1]):
+        l += np.exp2(part_m[i, g] - m) * part_l[i, g]
+    if not dot:
+        out[b, h] = 0
+    for i in range(first[b], first[b + 1]):
+        w = np.exp2(part_m[i, g] - m) / l
         if dot:
-            for c in range(0, D, 32):
-                for d in range(0, 32, 4):      # in LANES order four neighbours stay together
-                    at = c + _LANES[d]
-                    for e in range(4):
-                        out[b, h, c + d + e] += w * part_o[i, g, at + e]
+            finish(out.ctypes.data + r * D * 4, part_o.ctypes.data + (i * part_o.shape[1] + g) * D * 4, w, D, i - first[b])
         else:
             for d in range(D):
                 out[b, h, d] += w * part_o[i, g, d]
@@ -208,11 +117,11 @@ def _merge(r, first, part_o, part_m, part_l, out, G, Gp, dot):
 
 @njit(parallel=True, nogil=True, cache=True)
 def _decode(q, k_cache, v_cache, table, lens, out, scale, fmt, T, threads, chunk, first, qb, s, p, part_o, part_m, part_l):
-    """Deal out items, then merge. T: heads of a tile, 0 for the portable path. first [B + 1]: items of sequence b are first[b] .. first[b + 1]. qb, s, p are scratch
-    with a row per thread; part_o, part_m, part_l have one per item."""
+    """Deal out items, then merge. T: heads of a tile, 0 for the portable path. first [B + 1]: the items of sequence b are
+    first[b] .. first[b + 1]. qb, s, p are scratch with a row per thread; part_o, part_m, part_l have one per item."""
     B, H, D = q.shape
-    bs, Hkv, dot = k_cache.shape[2], k_cache.shape[1], T > 0
-    G, Gp = H // Hkv, part_o.shape[1] // Hkv
+    bs, G = k_cache.shape[2], H // k_cache.shape[1]
+    Gp = part_o.shape[1] // k_cache.shape[1]
     total = 0
     for b in range(B):
         total += lens[b]
@@ -223,19 +132,19 @@ def _decode(q, k_cache, v_cache, table, lens, out, scale, fmt, T, threads, chunk
                 n, item = min(chunk, lens[b] - t), first[b] + t // chunk
                 if done * threads // total == w:
                     blocks = table[b, t // bs:]
-                    if dot:
-                        _item_dot(q[b], k_cache, v_cache, blocks, n, scale, T, qb[w], s[w], p[w], part_l[item, H:],
-                                  part_o[item], part_m[item], part_l[item])
+                    if T:
+                        dot_item(q[b], k_cache, v_cache, blocks, n, scale, T, qb[w], s[w], p[w], part_o[item], part_m[item],
+                                 part_l[item])
                     else:
                         _item_portable(q[b], k_cache, v_cache, blocks, n, scale, fmt, s[w], s[w, H, :D], part_o[item],
                                        part_m[item], part_l[item])
                 done += n
     if B * H * D < 1 << 16 and first[B] == B:  # little to merge: not worth a second launch
         for r in range(B * H):
-            _merge(r, first, part_o, part_m, part_l, out, G, Gp, dot)
+            _merge(r, first, part_o, part_m, part_l, out, G, Gp, T > 0)
     else:
         for r in prange(B * H):
-            _merge(r, first, part_o, part_m, part_l, out, G, Gp, dot)
+            _merge(r, first, part_o, part_m, part_l, out, G, Gp, T > 0)
 
 
 @njit(parallel=True, nogil=True, cache=True)
@@ -280,17 +189,25 @@ class _Workspace(threading.local):
         self.scratch = self.parts = None
 
     def fit(self, shape, items):
-        """shape (threads, padded heads, heads, D, tokens of an item); items: how many there are."""
-        threads, Hp, H, D, chunk = shape
+        """shape (threads, padded heads, D, tokens of an item); items: how many there are."""
+        threads, Hp, D, chunk = shape
         width = max(chunk, D) + 16
         if self.scratch is None or self.scratch[0] != shape:
-            self.scratch = shape, np.empty((threads, Hp, D), np.uint16), \
-                np.empty((threads, Hp + 1, width), np.float32), np.empty((threads, Hp, width), np.uint16)
+            self.scratch = shape, _empty((threads, Hp, D), np.uint16), \
+                _empty((threads, Hp + 1, width), np.float32), _empty((threads, Hp, width), np.uint16)
             self.parts = None
         if self.parts is None or len(self.parts[0]) < items:
             n = 2 * items
-            self.parts = np.empty((n, Hp, D), np.float32), np.empty((n, H), np.float32), np.empty((n, H + 2), np.float32)
+            self.parts = [_empty(s, np.float32) for s in ((n, Hp, D), (n, Hp + 16), (n, Hp + 16))]
         return *self.scratch[1:], *self.parts
+
+
+def _empty(shape, dtype):
+    """On a cache line: NumPy grants 16 bytes, and a vector across two lines costs two loads."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start:start + size].view(dtype).reshape(shape)
 
 
 _workspace = _Workspace()
@@ -364,12 +281,12 @@ def paged_decode(q, k_cache, v_cache, block_table, seq_lens, out, scale, dtype="
     dtype = "fp32" if k_cache.dtype == np.float32 else dtype
     dot = path != "portable" and fastest_path(dtype, D, bs) == "dot"
     G = H // Hkv
-    tile = (1 if G <= 2 else 4 if G <= 4 else 8) if dot else 0              # heads of a tile
-    padded = -(-G // tile) * tile if dot else G
+    T = next((t for t in HEADS if t >= G), HEADS[-1]) if dot else 0         # heads of a tile
+    padded = -(-G // T) * T if dot else G
     if q.dtype != np.float32:
         q = to_float64(q, dtype).astype(np.float32)
-    buffers = ws.fit((threads, Hkv * padded, H, D, chunk), int(ws.first[B]))
-    _decode(q, _bits(k_cache), _bits(v_cache), block_table, seq_lens, out, np.float32(scale), FORMATS[dtype], tile, threads, chunk,
+    buffers = ws.fit((threads, Hkv * padded, D, chunk), int(ws.first[B]))
+    _decode(q, _bits(k_cache), _bits(v_cache), block_table, seq_lens, out, np.float32(scale), FORMATS[dtype], T, threads, chunk,
             ws.first, *buffers)
 
 

@@ -1,39 +1,72 @@
-"""The inner tiles of CPU attention for processors with AVX512-BF16, as LLVM vector code behind Numba calls.
+"""The dot path of CPU attention, for processors with AVX512-BF16: tiles in LLVM vector code behind Numba calls.
 
-`vdpbf16ps` adds to each of 16 float32 lanes the product of two bf16 pairs: 32 multiplications an instruction. Both tiles
-feed it K and V as they lie in the cache, and one q or p pair broadcast from memory:
+`vdpbf16ps` adds to each of 16 float32 lanes the product of two bf16 pairs: 32 multiplications an instruction. A tile takes
+T = 1, 2, 4 or 8 heads of one group at once, and K and V as they lie in the cache:
 
-    scores   K rows of 16 tokens, 32 dims at a time, are transposed in registers: 16 x [pair of dims, 16 tokens].
-             Per pair one instruction a head: s[h, 16 tokens] += K[16 tokens, pair] . q[h, pair]. No sum across lanes.
+    scores   s[token, head] = k[token] . q[head] in 16 accumulators of 16 lanes, R = 16 / T tokens by T heads:
+
+                        q of head 0   head 1   ...  head T-1         32 dims a step, one instruction each;
+             token 0      acc[0]      acc[1]         acc[T-1]        then the 16 x 16 lanes are summed to one
+             ...                                                     vector s[R tokens, T heads] by 15 additions
+             token R-1   acc[16-T]    ...            acc[15]
+    softmax  over a work item's scores, T heads in the lanes; leaves p[pair of tokens, head, 2] in bf16
     weigh    V rows of two tokens are interleaved: [16 dims, pair of tokens], one instruction a head:
-             o[h, 16 dims] += V[16 dims, pair] . p[h, pair]. Interleaving works within 128-bit lanes, so a group of
-             32 dims comes out as dims 0-3, 8-11, 16-19, 24-27 | 4-7, 12-15, ...: `LANES`, undone at the merge.
+             o[head, 16 dims] += V[16 dims, pair] . p[pair, head]. Interleaving works within 128-bit lanes, so a group
+             of 32 dims lies as 0-3, 8-11, 16-19, 24-27 | 4-7, 12-15, ...; `finish` undoes that at the merge.
+
+Each tile is an LLVM function of its own: inlined, the compiler keeps the addresses of all tiles in registers it has not
+got. Every line of K and V is prefetched AHEAD bytes before it is read, in reading order; only where a block is a run of
+128 KB (no GQA) the processor's own prefetcher keeps up, and every second line does better.
 
 Addresses and strides are bytes, int64. On other processors the functions are empty and must not be called (HAS_DOT).
+Numba's cache of cpu_attn.py does not see changes here: touch that file after an edit.
 """
+import numpy as np
 from llvmlite import binding, ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 HAS_DOT = bool(binding.get_host_cpu_features().get("avx512bf16"))
-LANES = [16 * half + 4 * lane + i for lane in range(4) for half in range(2) for i in range(4)]  # where dim d of 32 lies
+HEADS = 1, 2, 4, 8                             # of a tile
+AHEAD = 16384                                  # bytes between reading and prefetching
+LOG2E = np.float32(1.4426950408889634)
 
 F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 F32x16, I32x16, I16x32, I16x16 = (ir.VectorType(t, n) for t, n in ((F32, 16), (I32, 16), (I16, 32), (I16, 16)))
 
 
-def tile(signature):
-    """Decorator: codegen(builder, *args) -> a Numba function. signature: a letter per argument, i int64, f float32."""
-    kinds = {"i": types.int64, "f": types.float32}
+def tile(signature, variants=None):
+    """Decorator: codegen(builder, *args) -> a Numba function. signature: a letter per argument, i int64, f float32.
+    With variants, codegen(builder, T, *args) is compiled for each, and the Numba function takes T first."""
+    kinds = {"i": (types.int64, I64), "f": (types.float32, F32)}
+    numba_types, llvm_types = zip(*[kinds[k] for k in signature])
 
     def wrap(codegen):
-        def body(ctx, builder, sig, args):
-            if HAS_DOT:
-                codegen(builder, *args)
+        def function(module, *variant):
+            name = "_".join(map(str, ("neo", codegen.__name__, *variant)))
+            fn = cgutils.get_or_insert_function(module, ir.FunctionType(ir.VoidType(), llvm_types), name)
+            if not fn.blocks:
+                fn.linkage = "internal"
+                fn.attributes.add("noinline")
+                b = ir.IRBuilder(fn.append_basic_block())
+                codegen(b, *variant, *fn.args)
+                b.ret_void()
+            return fn
+
+        def body(ctx, b, sig, args):
+            if not HAS_DOT:
+                pass
+            elif variants is None:
+                b.call(function(b.module), args)
+            else:
+                for T in variants:
+                    with b.if_then(b.icmp_signed("==", args[0], I64(T))):
+                        b.call(function(b.module, T), args[1:])
             return ctx.get_dummy_value()
-        names = ", ".join(f"a{i}" for i in range(len(signature)))      # Numba counts a function's named parameters
-        scope = {"result": (types.void(*[kinds[k] for k in signature]), body)}
+        result = types.void(*(() if variants is None else (types.int64,)), *numba_types), body
+        names = ", ".join(f"a{i}" for i in range(len(result[0].args)))  # Numba counts a function's named parameters
+        scope = {"result": result}
         exec(f"def typed(ctx, {names}): return result", scope)
         return intrinsic(scope["typed"])
     return wrap
@@ -68,162 +101,215 @@ def constant(value, kind=F32x16):
     return ir.Constant(kind, [value] * kind.count)
 
 
+def call(b, name, *args):
+    """An LLVM intrinsic whose result has the type of its first argument."""
+    fn = cgutils.get_or_insert_function(b.module, ir.FunctionType(args[0].type, [x.type for x in args]), name)
+    return b.call(fn, args)
+
+
 def dot(b, acc, x, y):
-    fn = cgutils.get_or_insert_function(b.module, ir.FunctionType(F32x16, [F32x16, I32x16, I32x16]),
-                                        "llvm.x86.avx512bf16.dpbf16ps.512")
-    return b.call(fn, [acc, x, y])
+    return call(b, "llvm.x86.avx512bf16.dpbf16ps.512", acc, x, y)
 
 
-def fma(b, x, y, z):
-    fn = cgutils.get_or_insert_function(b.module, ir.FunctionType(F32x16, [F32x16] * 3), "llvm.fma.v16f32")
-    return b.call(fn, [x, y, z])
-
-
-def prefetch(b, at, level=2):
-    """Into L2 by default: far ahead, in L1 the lines would push out what is being worked on (measured: a third slower)."""
+def prefetch(b, at):
+    """Into L2: so far ahead, in L1 the lines would push out what is being worked on (measured: a third slower)."""
     byte = ir.IntType(8).as_pointer()
     fn = cgutils.get_or_insert_function(b.module, ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32]),
                                         "llvm.prefetch.p0")
-    b.call(fn, [b.inttoptr(at, byte), I32(0), I32(level), I32(1)])
+    b.call(fn, [b.inttoptr(at, byte), I32(0), I32(2), I32(1)])
 
 
-def fold(b, op, x):
-    """All 16 lanes = op over the lanes of x."""
+def larger(b, x, y):
+    return b.select(b.fcmp_ordered(">", x, y), x, y)
+
+
+def fold(b, op, x, T=1):
+    """Lane i = op over the lanes i, i + T, i + 2T, ... (mod 16) of x."""
     for k in (8, 4, 2, 1):
-        x = op(x, shuffle(b, x, x, [(i + k) % 16 for i in range(16)]))
+        if k >= T:
+            x = op(x, shuffle(b, x, x, [(i + k) % 16 for i in range(16)]))
     return x
 
 
-def loop(b, count, step=1):
-    return cgutils.for_range_slice(b, I64(0), count, I64(step), I64)
+def loop(b, stop, step=1, start=0):
+    return cgutils.for_range_slice(b, start if isinstance(start, ir.Value) else I64(start), stop, I64(step), I64)
 
 
-def transpose(b, rows):
-    """16 vectors of 16 int32 -> their transpose: 4x4 inside the 128-bit lanes, then the lanes."""
-    low = [x for k in range(0, 16, 4) for x in (k, 16 + k, k + 1, 17 + k)]
-    high = [x + 2 for x in low]
-    left = [x for k in range(0, 16, 4) for x in (k, k + 1, 16 + k, 17 + k)]
-    right = [x + 2 for x in left]
-    quads = []                                       # [g][c], lane l: rows 4g .. 4g+3 of column 4l + c
-    for g in range(0, 16, 4):
-        a, c = (shuffle(b, *rows[g:g + 2], x) for x in (low, high))
-        d, e = (shuffle(b, *rows[g + 2:g + 4], x) for x in (low, high))
-        quads.append([shuffle(b, a, d, left), shuffle(b, a, d, right), shuffle(b, c, e, left), shuffle(b, c, e, right)])
-    even, odd = ([4 * k + i for k in lanes for i in range(4)] for lanes in ((0, 2, 4, 6), (1, 3, 5, 7)))
-    columns = [None] * 16
-    for c in range(4):
-        q = [quads[g][c] for g in range(4)]
-        for lanes, first in ((even, 0), (odd, 4)):
-            x, y = shuffle(b, q[0], q[1], lanes), shuffle(b, q[2], q[3], lanes)
-            columns[first + c], columns[first + 8 + c] = shuffle(b, x, y, even), shuffle(b, x, y, odd)
-    return columns
+def variable(b, value):
+    """A stack slot, which LLVM turns into a register."""
+    slot = cgutils.alloca_once(b, value.type)
+    b.store(value, slot)
+    return slot
+
+
+def sums(b, rows):
+    """16 vectors -> one, lane i the sum over the lanes of rows[i]: the vectors are halved four times."""
+    for k in (8, 4, 2, 1):
+        own = [lane + 16 * bool(lane & k) for lane in range(16)]
+        other = [lane ^ k for lane in own]
+        rows = [b.fadd(shuffle(b, x, y, own), shuffle(b, x, y, other)) for x, y in zip(rows[:k], rows[k:])]
+    return rows[0]
+
+
+def round_bf16(b, x):
+    """float32 lanes -> their bf16 in the lower halves of int32 lanes, ties to even."""
+    x = b.bitcast(x, I32x16)
+    odd = b.and_(b.lshr(x, constant(16, I32x16)), constant(1, I32x16))
+    return b.lshr(b.add(b.add(x, odd), constant(0x7FFF, I32x16)), constant(16, I32x16))
 
 
 # ---- the tiles
 
-@tile("iiiii")
-def scores1(b, s, k, row_bytes, q, ahead):
-    """s[16 tokens] = q[D] . k[16 tokens, D], row by row; the same rows at `ahead` are prefetched. One head has too little
-    work per K to pay for its transpose: the sums are transposed instead."""
-    sums = []
-    for r in range(16):
-        acc = cgutils.alloca_once_value(b, constant(0.0))
-        with loop(b, row_bytes, 256) as (c, _):      # every fourth line: rows are read in order, which the processor's
-            prefetch(b, address(b, ahead, c, b.mul(row_bytes, I64(r))))     # own prefetcher sees; more only get in its way
-        with loop(b, row_bytes, 64) as (c, _):
-            at = address(b, c, b.mul(row_bytes, I64(r)))
-            b.store(dot(b, b.load(acc), load(b, I32x16, address(b, k, at)), load(b, I32x16, address(b, q, c))), acc)
-        sums.append(b.bitcast(b.load(acc), I32x16))
-    columns = [b.bitcast(x, F32x16) for x in transpose(b, sums)]
-    while len(columns) > 1:
-        columns = [b.fadd(x, y) for x, y in zip(columns[::2], columns[1::2])]
-    store(b, columns[0], s)
+@tile("iifi")
+def narrow(b, dst, src, scale, count):
+    """dst[count] bf16 = scale * src[count] float32."""
+    with loop(b, count, 16) as (i, _):
+        x = b.fmul(load(b, F32x16, address(b, src, b.mul(i, I64(4)))), splat(b, scale))
+        store(b, b.trunc(round_bf16(b, x), I16x16), address(b, dst, b.mul(i, I64(2))))
 
 
-def make_scores(heads):
-    @tile("iiiiiii")
-    def scores(b, s, s_bytes, k, row_bytes, q, q_bytes, ahead):
-        """s[heads, 16 tokens] = q[heads, D] . k[16 tokens, D]. In their order, the 16 rows at `ahead` are prefetched into
-        L2 and the 16 after k into L1."""
-        acc = [cgutils.alloca_once_value(b, constant(0.0)) for _ in range(heads)]
-        with loop(b, row_bytes, 64) as (c, _):       # 32 dims
-            rows = []
-            for r in range(16):
-                rows.append(load(b, I32x16, address(b, k, c, b.mul(row_bytes, I64(r)))))
-                line = address(b, b.mul(c, I64(16)), 64 * r)
-                prefetch(b, address(b, ahead, line))
-                prefetch(b, address(b, k, b.mul(row_bytes, I64(16)), line), level=3)
-            for j, column in enumerate(transpose(b, rows)):
-                for h, slot in enumerate(acc):
-                    pair = splat(b, load(b, I32, address(b, q, b.mul(q_bytes, I64(h)), c, 4 * j)))
-                    b.store(dot(b, b.load(slot), column, pair), slot)
-        for h, slot in enumerate(acc):
-            store(b, b.load(slot), address(b, s, b.mul(s_bytes, I64(h))))
-    return scores
+@tile("iiiiii", HEADS)
+def scores(b, T, s, k, row_bytes, q, tokens, ahead):
+    """s[tokens, T] = k[tokens, D] . q[T, D]; as many rows at `ahead` are prefetched. tokens: a multiple of 16."""
+    R, together = 16 // T, min(T, 2)                     # rows of K that share a load of q
+    with loop(b, b.mul(tokens, I64(4 * T)), 64) as (at, _):
+        first = b.mul(b.mul(b.lshr(at, I64(6)), I64(R)), row_bytes)
+        acc = []
+        for r in range(0, R, together):
+            rows = [b.add(first, b.mul(row_bytes, I64(r + i))) for i in range(together)]
+            block = [variable(b, constant(0.0)) for _ in range(together * T)]
+            with loop(b, row_bytes, 128 if T == 1 else 64) as (c, _):
+                for row in rows:
+                    prefetch(b, address(b, ahead, row, c))
+            with loop(b, row_bytes, 64) as (c, _):       # 32 dims
+                x = [load(b, I32x16, address(b, k, row, c)) for row in rows]
+                for h in range(T):
+                    y = load(b, I32x16, address(b, q, b.mul(row_bytes, I64(h)), c))
+                    for i in range(together):
+                        slot = block[i * T + h]
+                        b.store(dot(b, b.load(slot), x[i], y), slot)
+            acc += [b.load(slot) for slot in block]
+        store(b, sums(b, acc), address(b, s, at))
 
 
-def make_weigh(heads, vecs):
-    low = [x for k in range(0, 32, 8) for i in range(4) for x in (k + i, 32 + k + i)]
-    high = [x + 4 for x in low]
-
-    @tile("iiiiiiii")
-    def weigh(b, o, o_bytes, v, row_bytes, p, p_bytes, pairs, ahead):
-        """o[heads, 32 vecs] += p[heads, 2 pairs] . v[2 pairs, 32 vecs], in LANES order."""
-        at = {(h, c): address(b, o, b.mul(o_bytes, I64(h)), 64 * c) for h in range(heads) for c in range(2 * vecs)}
-        acc = {key: cgutils.alloca_once_value(b, load(b, F32x16, where)) for key, where in at.items()}
-        with loop(b, pairs) as (t, _):
-            row = address(b, v, b.mul(b.mul(t, I64(2)), row_bytes))
-            for c in range(vecs):
-                x, y = load(b, I16x32, address(b, row, 64 * c)), load(b, I16x32, address(b, row, row_bytes, 64 * c))
-                for i in range(1 if heads == 1 else 2):
-                    prefetch(b, address(b, ahead, b.mul(t, I64(128 * vecs)), 64 * (2 * c + i)))
-                halves = [b.bitcast(shuffle(b, x, y, lanes), I32x16) for lanes in (low, high)]
-                for h in range(heads):
-                    pair = splat(b, load(b, I32, address(b, p, b.mul(p_bytes, I64(h)), b.mul(t, I64(4)))))
-                    for i, half in enumerate(halves):
-                        slot = acc[h, 2 * c + i]
-                        b.store(dot(b, b.load(slot), half, pair), slot)
-        for key, where in at.items():
-            store(b, b.load(acc[key]), where)
-    return weigh
+# 2^f = sum_n EXP2[n] f^n for 0 <= f < 1, relative error within 8e-5 (bf16 rounds to 2e-3): fitted on Chebyshev points
+EXP2 = 0.99992783, 0.6957771, 0.22623319, 0.07790716
 
 
-scores4, scores8 = make_scores(4), make_scores(8)
-weigh1, weigh1_wide = make_weigh(1, 1), make_weigh(1, 4)       # wide: more dims at once, where D allows
-weigh4, weigh4_wide, weigh8 = make_weigh(4, 1), make_weigh(4, 2), make_weigh(8, 1)
-
-EXP2 = (1.0, 0.69314718, 0.24022651, 0.05550411, 0.00961813)   # 2^f = sum (f ln 2)^n / n!, |f| <= 1/2: within 4e-5
-
-
-@tile("iiifi")
-def softmax(b, s, p, count, scale, result):
-    """p[count] bf16 = 2^(scale s - m) with m = scale max s; result[0], [1] = m and the sum of p. count: of 16."""
-    scale = splat(b, scale)
-    bytes_ = b.mul(count, I64(4))
-    top = cgutils.alloca_once_value(b, constant(-3e38))
-
-    def larger(x, y):
-        return b.select(b.fcmp_ordered(">", x, y), x, y)
-    with loop(b, bytes_, 64) as (t, _):
-        b.store(larger(b.load(top), b.fmul(load(b, F32x16, address(b, s, t)), scale)), top)
-    m = fold(b, larger, b.load(top))
-    total = cgutils.alloca_once_value(b, constant(0.0))
-    with loop(b, bytes_, 64) as (t, _):
-        x = b.fsub(b.fmul(load(b, F32x16, address(b, s, t)), scale), m)
-        x = larger(x, constant(-126.0))
-        shifted = b.fadd(x, constant(1.5 * 2 ** 23))           # rounds x to an integer, in the low bits
-        f = b.fsub(x, b.fsub(shifted, constant(1.5 * 2 ** 23)))
+@tile("iiiii", HEADS)
+def softmax(b, T, s, p, tokens, m, l):
+    """p[tokens / 2, T, 2] bf16 = 2^(s - m) of s[tokens, T]; m[T] the maxima, l[T] the sums of p. Fills s and p up to a
+    multiple of 16 tokens with weight 0; m and l take 16 floats each."""
+    low, all_lanes, current = constant(-3e38), ir.Constant(I16, -1), I32(4)
+    start, stop = b.mul(tokens, I64(4 * T)), b.mul(b.and_(b.add(tokens, I64(15)), I64(-16)), I64(4 * T))
+    with loop(b, stop, 64, start) as (at, _):            # slots past the end may hold anything
+        store(b, low, address(b, s, at))
+    top = variable(b, low)
+    with loop(b, stop, 64) as (at, _):
+        b.store(larger(b, b.load(top), load(b, F32x16, address(b, s, at))), top)
+    top = fold(b, lambda x, y: larger(b, x, y), b.load(top), T)
+    total = variable(b, constant(0.0))
+    pairs = [(2 * j + i) * T + h for j in range(8 // T) for h in range(T) for i in range(2)]
+    with loop(b, stop, 64) as (at, _):
+        x = b.fsub(load(b, F32x16, address(b, s, at)), top)
+        f = call(b, "llvm.x86.avx512.mask.reduce.ps.512", x, I32(1), x, all_lanes, current)      # x - floor(x)
         y = constant(EXP2[-1])
         for coefficient in EXP2[-2::-1]:
-            y = fma(b, y, f, constant(coefficient))
-        bits = b.add(b.bitcast(y, I32x16), b.shl(b.bitcast(shifted, I32x16), constant(23, I32x16)))
-        odd = b.and_(b.lshr(bits, constant(16, I32x16)), constant(1, I32x16))       # round to even
-        bits = b.lshr(b.add(b.add(bits, constant(0x7FFF, I32x16)), odd), constant(16, I32x16))
-        store(b, b.trunc(bits, I16x16), address(b, p, b.lshr(t, I64(1))))
+            y = call(b, "llvm.fma.v16f32", y, f, constant(coefficient))
+        y = call(b, "llvm.x86.avx512.mask.scalef.ps.512", y, x, y, all_lanes, current)           # y * 2^floor(x)
+        bits = round_bf16(b, y)
+        half = b.trunc(bits, I16x16)
+        store(b, shuffle(b, half, half, pairs), address(b, p, b.lshr(at, I64(1))))
         b.store(b.fadd(b.load(total), b.bitcast(b.shl(bits, constant(16, I32x16)), F32x16)), total)
-    total = fold(b, b.fadd, b.load(total))
-    for i, value in enumerate((m, total)):
-        store(b, b.extract_element(value, I32(0)), address(b, result, 4 * i))
+    store(b, top, m)
+    store(b, fold(b, b.fadd, b.load(total), T), l)
+
+
+@tile("iiiiii", HEADS)
+def weigh(b, T, o, v, row_bytes, p, tokens, ahead):
+    """o[T, D] float32 += p[tokens, T] . v[tokens, D], in lane order; as many rows at `ahead` are prefetched."""
+    order = [x for k in range(0, 32, 8) for i in range(4) for x in (k + i, 32 + k + i)]
+    pairs, last = b.lshr(b.add(tokens, I64(1)), I64(1)), b.sub(tokens, I64(1))
+    wide = {1: 4, 2: 4, 4: 2, 8: 1}[T]                   # vectors of 32 dims at once: at most 16 accumulators
+    whole = b.and_(row_bytes, I64(-64 * wide))
+    for vecs, start, stop in ((wide, I64(0), whole), (1, whole, row_bytes))[:1 if wide == 1 else 2]:
+        with loop(b, stop, 64 * vecs, start) as (c, _):
+            at = [address(b, o, b.mul(row_bytes, I64(2 * h)), b.mul(c, I64(2)), 64 * i)
+                  for h in range(T) for i in range(2 * vecs)]
+            acc = [variable(b, load(b, F32x16, where)) for where in at]
+            with loop(b, pairs) as (t, _):
+                row = b.mul(b.mul(t, I64(2)), row_bytes)
+                # the partner of an odd last token has weight 0, but may be NaN: read that token's row twice
+                partner = b.select(b.icmp_signed("==", b.mul(t, I64(2)), last), row, b.add(row, row_bytes))
+                line = address(b, ahead, b.mul(c, tokens), b.mul(t, I64(128 * vecs)))
+                for i in range(0, 2 * vecs, 2 if T == 1 else 1):
+                    prefetch(b, address(b, line, 64 * i))
+                w = [splat(b, load(b, I32, address(b, p, b.mul(t, I64(4 * T)), 4 * h))) for h in range(T)]
+                for i in range(vecs):
+                    x, y = (load(b, I16x32, address(b, v, r, c, 64 * i)) for r in (row, partner))
+                    for half in range(2):
+                        mixed = b.bitcast(shuffle(b, x, y, [lane + 4 * half for lane in order]), I32x16)
+                        for h in range(T):
+                            slot = acc[h * 2 * vecs + 2 * i + half]
+                            b.store(dot(b, b.load(slot), mixed, w[h]), slot)
+            for slot, where in zip(acc, at):
+                store(b, b.load(slot), where)
+
+
+@tile("iifii")
+def finish(b, out, o, w, count, add):
+    """out[count] = w * o[count], plus out if add; from lane order back to dims."""
+    first = [x for k in (0, 4) for x in (*range(k, k + 4), *range(16 + k, 20 + k))]
+    with loop(b, b.mul(count, I64(4)), 128) as (c, _):
+        x, y = (load(b, F32x16, address(b, o, c, 64 * i)) for i in range(2))
+        for i in range(2):
+            at = address(b, out, c, 64 * i)
+            old = b.select(b.icmp_signed("==", add, I64(0)), constant(0.0), load(b, F32x16, at))
+            z = shuffle(b, x, y, [lane + 8 * i for lane in first])
+            store(b, call(b, "llvm.fma.v16f32", z, splat(b, w), old), at)
+
+
+# ---- a work item
+
+@njit(inline="always")
+def _ahead(here, after, h, lag, Hkv, head):
+    """The tile to prefetch with head h of the block at `here`: `lag` heads on, maybe in the block at `after`."""
+    return here + (h + lag) * head if h + lag < Hkv else after + min(h + lag - Hkv, Hkv - 1) * head
+
+
+@njit
+def dot_item(q, k_cache, v_cache, blocks, n, scale, T, qb, s, p, o, m, l):
+    """One work item of cpu_attn._decode, T heads a tile: q [H, D]; blocks: its n tokens' part of the block table. Groups of
+    G heads are padded to G', a multiple of T. Scratch: qb [Hkv G', D], p [Hkv G', width] uint16, s [Hkv G' + 1, width]
+    float32, width 16 more than the tokens. Writes o [Hkv G', D] in lane order, m, l [Hkv G' + 16]."""
+    H, D = q.shape
+    Hkv, bs = k_cache.shape[1], k_cache.shape[2]
+    G, Gp, width = H // Hkv, o.shape[0] // Hkv, s.shape[1]
+    row = 2 * D                                # bytes
+    head, block = bs * row, Hkv * bs * row
+    lag = max(1, AHEAD // head)
+    K, V = k_cache.ctypes.data, v_cache.ctypes.data
+    Q, S, P, O, M, L = qb.ctypes.data, s.ctypes.data, p.ctypes.data, o.ctypes.data, m.ctypes.data, l.ctypes.data
+    for h in range(H):
+        narrow(Q + (h // G * Gp + h % G) * row, q.ctypes.data + h * D * 4, scale * LOG2E, D)
+    for j in range(0, n, bs):
+        here = K + np.int64(blocks[j // bs]) * block
+        after = K + np.int64(blocks[j // bs + 1]) * block if j + bs < n else V + np.int64(blocks[0]) * block
+        tokens = (min(bs, n - j) + 15) // 16 * 16
+        for h in range(Hkv):
+            ahead = _ahead(here, after, h, lag, Hkv, head)
+            for g in range(h * Gp, h * Gp + Gp, T):
+                scores(T, S + (g * width + j * T) * 4, here + h * head, row, Q + g * row, tokens, ahead)
+    for g in range(0, Hkv * Gp, T):
+        softmax(T, S + g * width * 4, P + g * width * 2, n, M + g * 4, L + g * 4)
+    o[:] = 0
+    for j in range(0, n, bs):
+        here = V + np.int64(blocks[j // bs]) * block
+        after = V + np.int64(blocks[j // bs + 1]) * block if j + bs < n else here
+        for h in range(Hkv):
+            ahead = _ahead(here, after, h, lag, Hkv, head)
+            for g in range(h * Gp, h * Gp + Gp, T):
+                weigh(T, O + g * D * 4, here + h * head, row, P + (g * width + j * T) * 2, min(bs, n - j), ahead)
 
 
 @intrinsic
