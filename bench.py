@@ -22,7 +22,8 @@ import numpy as np
 from tqdm import tqdm
 
 from checkpoint import load_config, load_tokenizer
-from neo import ENGINE_ARGS, LLM, STRATEGIES, SamplingParams, add_engine_args
+from neo import LLM, STRATEGIES, SamplingParams, add_engine_args, engine_args
+from perfmodel import fluid_limit
 from startup import BLOCK_SIZE, resolve_device
 
 # tokens in, then out: mean, p50, p90, p99, max, and the least (of the trace where there is one)
@@ -47,6 +48,7 @@ ROWS = (                       # of the table: key of a result, label, factor, f
     ("cpu_decode_tokens", "tokens decoded on CPU", 1, ".0f"), ("swapped_blocks", "blocks swapped", 1, ".0f"),
     ("preemptions", "preemptions", 1, ".0f"), ("prediction_error", "|predicted/measured - 1|, %", 100, ".0f"),
     ("outside_model_share", "time outside the model, %", 100, ".1f"))
+FLUID_ROWS = (("fluid_request_rate", "fluid limit, request/s", 1, ".3f"), ("fluid_share", "request/s of the limit, %", 100, ".0f"))
 
 
 # ----------------------------------------------------------------------------------------------------------- workload
@@ -130,18 +132,18 @@ def fit_requests(ins, outs, limit):
 
 # ------------------------------------------------------------------------------------------------------------ one run
 
-def serve(llm, strategy, work, trace=None):
+def serve(llm, strategy, work, trace=None, quiet=False):
     """Serve the workload under one strategy, requests entering when they arrive. Returns (result, token ids of each
     request or None); a Ctrl-C ends it early, with what finished."""
     llm.reset(strategy)
     if trace is not None:
         llm.on_iteration = lambda records, start, end: trace.extend((strategy, *r) for r in records)
     n, outs, times, failed, interrupted = len(work.prompts), {}, {}, 0, False
-    bar = tqdm(total=n, desc=f"{strategy:10s}", unit="req", disable=None)
-    start, nxt = time.perf_counter(), 0
+    bar = tqdm(total=n, desc=f"{strategy:10s}", unit="req", disable=quiet or None)
+    start, nxt = llm.clock(), 0
     try:
         while nxt < n or llm.outputs:
-            while nxt < n and work.arrivals[nxt] <= time.perf_counter() - start:
+            while nxt < n and start + work.arrivals[nxt] <= llm.clock():
                 try:
                     params = SamplingParams(max_tokens=work.output_lens[nxt], ignore_eos=True)
                     outs[nxt] = llm.outputs[llm.add_request(work.prompts[nxt], params, request_id=nxt)]
@@ -152,10 +154,10 @@ def serve(llm, strategy, work, trace=None):
                 nxt += 1
             if not llm.outputs:
                 if nxt < n:
-                    time.sleep(max(0.0, start + work.arrivals[nxt] - time.perf_counter()))
+                    llm.wait(max(0.0, start + work.arrivals[nxt] - llm.clock()))
                 continue
             stepped = llm.step()
-            now = time.perf_counter() - start
+            now = llm.clock() - start
             for out in stepped:
                 times[out.request_id].append(now)
                 bar.update(out.finish_reason is not None)
@@ -166,7 +168,7 @@ def serve(llm, strategy, work, trace=None):
     bar.close()
     llm.on_iteration = None
     done = {i for i, out in outs.items() if out.finish_reason == "length"}
-    result = metrics(work, {i: times[i] for i in sorted(done)}, time.perf_counter() - start, llm)
+    result = metrics(work, {i: times[i] for i in sorted(done)}, llm.clock() - start, llm)
     result |= {"failed": failed, "interrupted": interrupted}
     return result, [outs[i].token_ids if i in done else None for i in range(n)]
 
@@ -188,6 +190,10 @@ def metrics(work, times, duration, llm):
         ms = 1e3 * np.array(values or [0.0])
         result |= {f"mean_{name}_ms": float(ms.mean()), f"median_{name}_ms": float(np.median(ms)),
                    f"p99_{name}_ms": float(np.percentile(ms, 99))}
+    if llm.testbed:
+        lengths = [(len(p), o) for p, o in zip(work.prompts, work.output_lens)]
+        rate, binds = fluid_limit(llm.model.perf, lengths, budget["gpu"], budget["cpu"])
+        result |= {"fluid_request_rate": rate, "fluid_share": len(times) / duration / rate, "fluid_binds": ", ".join(binds)}
     return result | {
         "per_token_latency_ms": 1e3 * statistics.fmean([e2el[i] / len(t) for i, t in times.items()] or [0.0]),
         "steady_output_throughput": sum(lo < x <= hi for t in times.values() for x in t) / (hi - lo) if hi > lo else None,
@@ -201,7 +207,8 @@ def metrics(work, times, duration, llm):
 def median_result(rounds):
     """Several rounds of one strategy -> medians, with the spread of the throughput beside them."""
     numbers = lambda key: [r[key] for r in rounds if r[key] is not None]
-    result = {k: statistics.median(numbers(k)) if numbers(k) else None for k in rounds[0] if k != "interrupted"}
+    result = {k: v if isinstance(v, str) else statistics.median(numbers(k)) if numbers(k) else None
+              for k, v in rounds[0].items() if k != "interrupted"}
     result = {k: int(v) if isinstance(v, float) and isinstance(rounds[0][k], int) else v for k, v in result.items()}
     return result | {"interrupted": any(r["interrupted"] for r in rounds), "rounds": len(rounds),
                      "output_throughput_min": min(numbers("output_throughput")),
@@ -216,6 +223,10 @@ def table(results):
     lines = [f"{'':28s}" + "".join(f"{name:>14s}" for name in results)]
     for key, label, factor, form in ROWS:
         lines.append(f"{label:28s}" + "".join(f"{cell(r[key], factor, form):>14s}" for r in results.values()))
+    if all("fluid_share" in r for r in results.values()):
+        for key, label, factor, form in FLUID_ROWS:
+            lines.append(f"{label:28s}" + "".join(f"{cell(r[key], factor, form):>14s}" for r in results.values()))
+        lines += [f"  {name} is bound by {r['fluid_binds']}" for name, r in results.items()]
     if any(r["rounds"] > 1 for r in results.values()):
         spread = (f"{r['output_throughput_min']:.2f}-{r['output_throughput_max']:.2f}" for r in results.values())
         lines.append(f"{'output tok/s, spread':28s}" + "".join(f"{s:>14s}" for s in spread))
@@ -227,14 +238,15 @@ def sentence(results, llm):
     neo, base = results["neo"], results["gpu-only"]
     if not (neo["completed"] and base["completed"]):
         return "Nothing to compare: one of neo and gpu-only completed no request."
-    where = "on a GPU played by a CPU thread (an emulation)" if llm.device.type == "cpu" else "on the GPU"
+    where = (f"simulated on {llm.testbed.name}, not measured" if llm.testbed else
+             "on a GPU played by a CPU thread (an emulation)" if llm.device.type == "cpu" else "on the GPU")
     return (f"neo / gpu-only: {neo['output_throughput'] / base['output_throughput']:.2f}x the throughput at "
             f"{neo['per_token_latency_ms'] / base['per_token_latency_ms']:.2f}x the latency per token, {where}, with a KV "
             f"budget of {base['kv_budget_gpu_tokens']} tokens on the GPU and {neo['kv_budget_cpu_tokens']} more in host "
             "memory for neo.")
 
 
-def notes(results, outputs):
+def notes(results, outputs, simulated):
     """What a reader of the table should know."""
     few = [f"{k} {r['steady_completions']}" for k, r in results.items() if r["steady_completions"] < 20]
     if few:
@@ -242,7 +254,7 @@ def notes(results, outputs):
     if any(r["interrupted"] for r in results.values()):
         yield "note: interrupted; only completed requests are counted."
     first, *others = outputs
-    for name in others:
+    for name in () if simulated else others:
         both = [(a, b) for a, b in zip(outputs[first], outputs[name]) if a and b]
         yield f"tokens: {name} and {first} agree on {sum(a == b for a, b in both)} of {len(both)} requests" + (
             "." if all(a == b for a, b in both) else " (exact in fp32; in 16 bits rounding depends on the batch's shape).")
@@ -290,6 +302,8 @@ def parse_args(argv=None):
     parser.add_argument("--dataset-name", default="random", choices=DATASETS, help="where lengths come from")
     parser.add_argument("--dataset-path", metavar="FILE", help="Azure CSV, OSC JSON or ShareGPT JSON; without it osc, "
                         "azure-code and azure-conv are drawn to fit their published figures")
+    parser.add_argument("--figure", metavar="NAME", help="redraw a figure of the paper, simulated: 6c, 8, 9, 10a; or grid: neo "
+                        "against the fluid limit")
     parser.add_argument("--repeats", type=int, default=1, metavar="N", help="interleaved rounds; medians are reported")
     parser.add_argument("--save-result", action="store_true", help="write the JSON (also if --result-filename is given)")
     parser.add_argument("--result-filename", metavar="F.json")
@@ -307,20 +321,21 @@ def parse_args(argv=None):
 
 def prepare(args):
     """Draw the requests, size the engine for them, warm it up: (LLM, Workload, strategies)."""
-    cfg, device = load_config(args.model), resolve_device(args.device)
+    cfg, engine = load_config(args.model), engine_args(args)
+    simulated = args.simulate and args.simulate != "self"
+    on_gpu = simulated or resolve_device(args.device).type == "cuda"
     strategies = list(dict.fromkeys(args.strategies.split(",")))
     if unknown := [s for s in strategies if s not in STRATEGIES]:
         raise ValueError(f"unknown strategy {unknown[0]!r}: choose from {', '.join(STRATEGIES)}")
     rng = np.random.default_rng(args.seed)
-    sizes = SIZES_CUDA if device.type == "cuda" else next(s[1:] for s in SIZES_CPU if cfg.num_params <= s[0])
+    sizes = SIZES_CUDA if on_gpu else next(s[1:] for s in SIZES_CPU if cfg.num_params <= s[0])
     n, input_len, output_len = (asked or size for asked, size in
                                 zip((args.num_prompts, args.input_len, args.output_len), sizes))
     ins, outs, source = draw_requests(args, n, input_len, output_len, rng)
-    engine = {k: getattr(args, k) for k in ENGINE_ARGS}
     limit = args.max_model_len or cfg.max_position
     ins, outs, clipped = fit_requests(ins, outs, limit)
     totals = [(i if isinstance(i, int) else len(i)) + o for i, o in zip(ins, outs)]
-    if device.type == "cpu" and args.gpu_blocks is None and args.gpu_mem is None:
+    if not on_gpu and args.gpu_blocks is None and args.gpu_mem is None:
         block = args.block_size or BLOCK_SIZE     # the emulated GPU is as short of memory as the paper's T4: two requests
         engine["gpu_blocks"] = max(2 * math.ceil(1.1 * statistics.fmean(totals) / block), math.ceil(max(totals) / block))
     if args.max_model_len is None and (args.max_batch_tokens is None or args.max_batch_tokens >= max(totals)):
@@ -331,9 +346,10 @@ def prepare(args):
         llm.reset(s)
         limits.append(llm.max_request_len)
     ins, outs, more = fit_requests(ins, outs, min(limits))
-    prompts = [rng.integers(cfg.vocab_size, size=i).tolist() if isinstance(i, int) else i for i in ins]
+    draw = (lambda i: [0] * i) if simulated else lambda i: rng.integers(cfg.vocab_size, size=i).tolist()
+    prompts = [draw(i) if isinstance(i, int) else i for i in ins]
     arrivals = [0.0] * n if math.isinf(args.request_rate) else rng.exponential(1 / args.request_rate, n).cumsum().tolist()
-    for s in strategies:
+    for s in () if simulated else strategies:
         llm.reset(s)
         llm.generate([prompts[0][:8]], SamplingParams(max_tokens=2, ignore_eos=True))
     return llm, Workload(prompts, outs, arrivals, source, max(clipped, more)), strategies
@@ -353,6 +369,9 @@ def card(llm, work, args):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.figure:
+        import figures
+        sys.exit(figures.main(args))
     try:
         llm, work, strategies = prepare(args)
     except ValueError as error:
@@ -360,18 +379,26 @@ def main(argv=None):
     except KeyboardInterrupt:
         sys.exit("interrupted before the first request")
     print(card(llm, work, args), flush=True)
-    llm.verbose, rounds, outputs, trace = args.verbose, {s: [] for s in strategies}, {}, []
+    runs = {s: (llm, s) for s in strategies}
+    if args.simulate == "self":
+        twin = LLM(args.model, strategies[0], simulate=llm)
+        runs = {name: run for s in strategies for name, run in ((s, (llm, s)), (f"{s} sim", (twin, s)))}
+    llm.verbose, rounds, outputs, trace = args.verbose, {name: [] for name in runs}, {}, []
     for round_ in range(args.repeats):
-        for s in strategies:
+        for name, (engine, s) in runs.items():
             if not any(r["interrupted"] for rs in rounds.values() for r in rs):
-                result, outputs[s] = serve(llm, s, work, trace if args.timeline and round_ == 0 else None)
-                rounds[s].append(result)
+                result, outputs[name] = serve(engine, s, work, trace if args.timeline and round_ == 0 else None)
+                rounds[name].append(result)
     results = {s: median_result(rs) for s, rs in rounds.items() if rs}
     print("\n" + table(results) + "\n")
-    for line in notes(results, outputs):
+    for line in notes(results, outputs, args.simulate):
         print(line)
     if {"neo", "gpu-only"} <= results.keys():
         print(sentence(results, llm))
+    for s in strategies if args.simulate == "self" else ():
+        ratios = (f"{label} {results[f'{s} sim'][key] / results[s][key]:.2f}" for key, label in (
+            ("output_throughput", "throughput"), ("mean_ttft_ms", "TTFT"), ("mean_tpot_ms", "TPOT")))
+        print(f"simulated / real, {s}: {', '.join(ratios)}")
 
     if args.save_result or args.result_filename:
         path = args.result_filename or f"{Path(args.model).name}-{args.dataset_name}-{time.strftime('%Y%m%d-%H%M%S')}.json"

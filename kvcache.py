@@ -97,15 +97,19 @@ class KVCache:
     """Blocks, tables and tensors of both tiers.
 
     geometry  (n_layer, n_kv_head, head_dim)
+    empty     keep the books only: K and V are "meta" tensors without memory, for a simulation
     """
 
-    def __init__(self, geometry, block_size, num_gpu_blocks, num_cpu_blocks, max_len, dtype, device):
+    def __init__(self, geometry, block_size, num_gpu_blocks, num_cpu_blocks, max_len, dtype, device, empty=False):
         L, Hkv, D = geometry
         shape = (L, Hkv, block_size, D)
         self.block_size, self.device = block_size, device
-        self.gpu = Tier(num_gpu_blocks, shape, dtype, device)
-        self.cpu = Tier(num_cpu_blocks, shape, dtype, torch.device("cpu"))
-        self.cpu_k, self.cpu_v = to_numpy(self.cpu.k), to_numpy(self.cpu.v)  # the views Numba reads
+        gpu, cpu = ("meta", "meta") if empty else (device, "cpu")
+        self.gpu = Tier(num_gpu_blocks, shape, dtype, torch.device(gpu))
+        self.cpu = Tier(num_cpu_blocks, shape, dtype, torch.device(cpu))
+        if not empty:
+            self.cpu_k, self.cpu_v = to_numpy(self.cpu.k), to_numpy(self.cpu.v)  # the views Numba reads
+        self.swapped_blocks = 0                                              # so far
         self.sequences = {}                                                  # request id -> Sequence
         self.table = np.zeros((16, -(-max_len // block_size)), np.int32)     # a row per resident request
         self.free_rows = list(range(15, -1, -1))
@@ -132,7 +136,7 @@ class KVCache:
             self.free_rows.append(seq.row)
 
     def swap(self, request_ids, tier):
-        """Move requests to `tier`, copying their blocks in one go. Returns the number of blocks moved."""
+        """Move requests to `tier`, copying their blocks in one go."""
         src_ids, dst_ids = [], []
         src, dst = (self.cpu, self.gpu) if tier == "gpu" else (self.gpu, self.cpu)
         for request_id in request_ids:
@@ -146,9 +150,11 @@ class KVCache:
             self.table[seq.row, :len(new)] = new
         for a, b in ((src.k, dst.k), (src.v, dst.v)):
             self._copy(a, torch.tensor(src_ids), b, torch.tensor(dst_ids))
-        return len(src_ids)
+        self.swapped_blocks += len(src_ids)
 
     def _copy(self, src, src_ids, dst, dst_ids):
+        if src.is_meta:
+            return
         if src.device == dst.device:
             dst[:, dst_ids] = src[:, src_ids]
             return

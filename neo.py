@@ -13,7 +13,7 @@ import random
 import statistics
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from tqdm import tqdm
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from checkpoint import load_config, load_tokenizer
 from kvcache import KVCache
 from model import Model
-from perfmodel import Prediction, Profile
+from perfmodel import TESTBEDS, Prediction, Profile, Roofline, SimulatedModel, Testbed, testbed
 from scheduler import STRATEGIES, Request, Scheduler
 from startup import BLOCK_SIZE, device_name, fmt_gib, plan_budget, profile_samples, resolve_device, resolve_dtype, \
     resolve_threads, warm_up
@@ -93,7 +93,8 @@ class LLM:
     max_model_len     longest prompt + output, in tokens; default what model and cache allow, at most 8192
     max_batch_tokens  prompt tokens per iteration; default 2048, or max_model_len if that is more
     gpu_threads       cores of the emulated GPU;  cpu_threads  cores for CPU attention
-    simulate          reserved for simulated testbeds; not built yet
+    simulate          a testbed's name (t4, g5.4xlarge, h100, ...), a perfmodel.Testbed, or an LLM whose measured profile to
+                      run on: nothing is computed, a virtual clock runs, every token is 0
     seed              of random weights and of requests that bring none
 
     Raises ValueError, before anything is loaded, on what does not exist or does not fit.
@@ -102,17 +103,20 @@ class LLM:
     def __init__(self, model, strategy="neo", device="auto", dtype="auto", gpu_mem=None, gpu_blocks=None, cpu_mem=None,
                  block_size=None, max_model_len=None, max_batch_tokens=None, gpu_threads=None, cpu_threads=None,
                  simulate=None, seed=0):
-        if simulate:
-            raise ValueError("simulate: simulated testbeds are not built yet; leave it out")
         self.name, self.seed = str(model), seed
+        self.verbose, self.on_iteration = False, None    # print each iteration; called with (records, start, end)
         self.cfg = cfg = load_config(self.name)
+        self.testbed = None
+        if simulate:
+            self._simulate(simulate, dtype, strategy, gpu_mem, gpu_blocks, cpu_mem, block_size, max_model_len,
+                           max_batch_tokens)
+            return self.reset(strategy)
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, cfg, self.device)
         cores, self.gpu_threads, self.cpu_threads = resolve_threads(self.device, gpu_threads, cpu_threads)
         self.budget = budget = plan_budget(self.name, cfg, self.dtype, self.device, strategy, gpu_mem, gpu_blocks, cpu_mem,
                                            block_size, max_model_len, max_batch_tokens)
         self.tokenizer = load_tokenizer(self.name)
-        self.verbose, self.on_iteration = False, None    # print each iteration; called with (records, start, end)
 
         started = time.perf_counter()
         torch.set_num_threads(cores)                                    # to fill the weights
@@ -120,11 +124,37 @@ class LLM:
                            self.cpu_threads, seed=seed)
         torch.set_num_threads(self.gpu_threads or cores)                # this thread samples while the GPU idles
         self.load_seconds = time.perf_counter() - started
-        self.kv = KVCache((cfg.n_layer, cfg.n_kv_head, cfg.head_dim), budget.block_size, budget.num_blocks["gpu"],
-                          budget.num_blocks["cpu"], budget.max_model_len, self.dtype, self.device)
+        self.kv = self._cache()
+        self.clock, self.wait = time.perf_counter, time.sleep
         warm_up(self)
         self.perf_samples = profile_samples(self) if budget.num_blocks["cpu"] else None
         self.reset(strategy)
+
+    def _simulate(self, simulate, dtype, *memory):
+        """What __init__ does, for a simulation."""
+        self.device, self.tokenizer, self.perf_samples = torch.device("cpu"), None, None
+        if isinstance(simulate, LLM):
+            self.dtype, self.budget, self.perf_samples = simulate.dtype, simulate.budget, simulate.perf_samples
+            if self.perf_samples is None:
+                raise ValueError("simulate: this LLM has no profile, as it has no CPU tier")
+        else:
+            self.testbed = simulate if isinstance(simulate, Testbed) else testbed(simulate)
+            self.dtype = resolve_dtype("fp16" if dtype == "auto" else dtype, self.cfg, self.device)
+            self.budget = plan_budget(self.name, self.cfg, self.dtype, self.device, *memory, testbed=self.testbed)
+        self.kv = self._cache(empty=True)
+        self.model = SimulatedModel(self._predictor())
+        self.clock, self.wait = self.model.clock, self.model.wait
+
+    def _cache(self, empty=False):
+        cfg, budget = self.cfg, self.budget
+        return KVCache((cfg.n_layer, cfg.n_kv_head, cfg.head_dim), budget.block_size, budget.num_blocks["gpu"],
+                       budget.num_blocks["cpu"], budget.max_model_len, self.dtype, self.device, empty)
+
+    def _predictor(self):
+        """A performance model as it is before anything was observed; None where nothing was measured."""
+        if self.testbed:
+            return Roofline(self.testbed, self.cfg, self.dtype.itemsize)
+        return self.perf_samples and Profile(self.perf_samples, self.cfg.n_layer, self.budget.token_bytes)
 
     def reset(self, strategy):
         """Start over under a strategy: nothing queued, statistics at zero; model, cache and profile are kept.
@@ -132,12 +162,12 @@ class LLM:
         if getattr(self, "outputs", None):
             raise RuntimeError(f"{len(self.outputs)} requests are in flight: finish or abort them first")
         budget = self.budget
-        self.perf = self.perf_samples and Profile(self.perf_samples, self.cfg.n_layer, budget.token_bytes)
+        self.perf = self._predictor()
         self.scheduler = Scheduler(strategy, budget.num_blocks, budget.block_size, budget.max_model_len,
                                    budget.max_batch_tokens, self.perf)
         self.strategy, self.outputs, self.requests, self.count = strategy, {}, {}, 0
         self.time = dict.fromkeys(("wall", "model", "gpu_busy", "cpu_busy"), 0.0)
-        self.swapped_blocks, self.errors = 0, []
+        self.swapped_before, self.errors = self.kv.swapped_blocks, []
 
     # ---- requests in, tokens out
 
@@ -197,18 +227,18 @@ class LLM:
         """
         if not self.outputs:
             return []
-        t0 = time.perf_counter()
+        t0 = self.clock()
         plan = self.scheduler.plan()
         try:
             for r in plan.preempted:
                 self.kv.release(r.id)
             for requests, tier in ((plan.swap_out, "cpu"), (plan.swap_in, "gpu")):
                 if requests:
-                    self.swapped_blocks += self.kv.swap([r.id for r in requests], tier)
+                    self.kv.swap([r.id for r in requests], tier)
             inputs = [self.kv.bind(b, i) for i, b in enumerate(plan.batches)]
-            t1 = time.perf_counter()
+            t1 = self.clock()
             self.model.run(inputs, self.kv)
-            t2 = time.perf_counter()
+            t2 = self.clock()
             outs = [[self.outputs[r.id] for r in b.requests] for b in plan.batches]
             tokens = [t for b, rows in zip(inputs, outs) for t in sample(b.logits, rows)]
             self.scheduler.commit(plan, tokens)
@@ -219,7 +249,7 @@ class LLM:
             for r in {id(r): r for r in plan.requests + plan.swap_in + plan.swap_out}.values():
                 self.abort(r.id)
             raise
-        self._measure(plan, t0, t1, t2, time.perf_counter())
+        self._measure(plan, t0, t1, t2, self.clock())
         return outs
 
     def _grow(self, out):
@@ -314,7 +344,7 @@ class LLM:
         s, t = self.scheduler, self.time
         return {**{k: s.stats[k] for k in ("iterations", "pipelined_iterations", "preemptions", "prefill_tokens",
                                            "cpu_prefills", "gpu_decode_tokens", "cpu_decode_tokens")},
-                "swapped_blocks": self.swapped_blocks,
+                "swapped_blocks": self.kv.swapped_blocks - self.swapped_before,
                 "mean_batch_size": s.stats["rows"] / max(s.stats["iterations"], 1),
                 "waiting": len(s.waiting), "running_gpu": len(s.running["gpu"]), "running_cpu": len(s.running["cpu"]),
                 "gpu_blocks": s.num_blocks["gpu"], "gpu_blocks_free": s.free["gpu"],
@@ -325,17 +355,27 @@ class LLM:
 
     def describe(self):
         """What was chosen, a line each."""
-        cfg, budget, name = self.cfg, self.budget, device_name(self.device)
-        cpu = self.device.type == "cpu"
-        kind = "random weights" if self.model.random_weights else "checkpoint"
+        cfg, budget, bed, cpu = self.cfg, self.budget, self.testbed, self.device.type == "cpu"
+        if bed:
+            device = (f"simulated {bed.name}: {bed.tp} x {bed.gpu}, {bed.tflops:g} TFLOP/s x {bed.compute_eff:g}, "
+                      f"{bed.gpu_bw:g} GB/s x {bed.memory_eff:g}; PCIe {bed.pcie_bw:g} GB/s; host {bed.cores} cores, "
+                      f"{bed.host_gb:g} GiB, {bed.cpu_bw:g} GB/s. Not a measurement")
+        elif isinstance(self.model, SimulatedModel):
+            device = "simulated from a measured profile"
+        else:
+            name = device_name(self.device)
+            device = f"CPU ({name}); a thread plays the GPU: an emulation, not a GPU" if cpu else name
+        how = ("no weights" if isinstance(self.model, SimulatedModel) else
+               f"{'random weights' if self.model.random_weights else 'checkpoint'}, ready in {self.load_seconds:.1f} s")
+        threads = ("none" if isinstance(self.model, SimulatedModel) else
+                   f"{f'{self.gpu_threads} as the GPU, ' if cpu else ''}{self.cpu_threads} for CPU attention")
         tiers = ", ".join(f"{tier.upper()} {n * budget.block_size} tokens ({fmt_gib(n * budget.block_bytes)})"
                           for tier, n in budget.num_blocks.items())
         return "\n".join((
-            f"device     {f'CPU ({name}); a thread plays the GPU: an emulation, not a GPU' if cpu else name}",
+            f"device     {device}",
             f"model      {self.name}: {cfg.num_params / 1e9:.2f} B parameters, {cfg.n_layer} layers, {cfg.n_head}/"
-            f"{cfg.n_kv_head} heads of {cfg.head_dim}; {str(self.dtype)[6:]}, {fmt_gib(budget.weight_bytes)} of {kind}, "
-            f"ready in {self.load_seconds:.1f} s",
-            f"threads    {f'{self.gpu_threads} as the GPU, ' if cpu else ''}{self.cpu_threads} for CPU attention",
+            f"{cfg.n_kv_head} heads of {cfg.head_dim}; {str(self.dtype)[6:]}, {fmt_gib(budget.weight_bytes)}: {how}",
+            f"threads    {threads}",
             f"attention  {self.model.attention(budget.block_size)}",
             f"KV budget  {tiers}; blocks of {budget.block_size}",
             f"limits     {budget.max_model_len} tokens per request, {budget.max_batch_tokens} prompt tokens per iteration"))
@@ -379,6 +419,20 @@ def add_engine_args(parser):
     parser.add_argument("--gpu-threads", type=int, metavar="N", help="cores that play the GPU")
     parser.add_argument("--cpu-threads", type=int, metavar="N", help="cores for CPU attention")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--simulate", metavar="TESTBED", help=f"run on a virtual clock: {', '.join(TESTBEDS)}")
+    group = parser.add_argument_group("numbers of a simulated testbed", "in place of the preset's; units: perfmodel.Testbed")
+    for f in fields(Testbed)[2:]:
+        group.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, metavar="X")
+
+
+def engine_args(args):
+    """Parsed flags -> LLM's arguments, the numbers of a simulated testbed folded into `simulate`. Raises ValueError."""
+    numbers = {f.name: getattr(args, f.name) for f in fields(Testbed)[2:] if getattr(args, f.name) is not None}
+    bed = args.simulate if args.simulate != "self" else None       # bench.py's: this machine, from its profile
+    if numbers and not bed:
+        raise ValueError(f"--{next(iter(numbers)).replace('_', '-')} changes a simulated testbed: add --simulate TESTBED")
+    return {k: getattr(args, k) for k in ENGINE_ARGS} | {
+        "simulate": testbed(bed, **numbers) if bed else None}
 
 
 ENGINE_ARGS = ("device", "dtype", "gpu_mem", "gpu_blocks", "cpu_mem", "block_size", "max_model_len", "max_batch_tokens",
@@ -405,7 +459,7 @@ def main(argv=None):
         prompt = [int(t) for t in args.token_ids.split()] if args.prompt is None else args.prompt
         params = SamplingParams(args.max_tokens, args.temperature, args.top_p, args.top_k, args.seed,
                                 args.ignore_eos, args.stop)
-        llm = LLM(args.model, args.strategy, **{k: getattr(args, k) for k in ENGINE_ARGS})
+        llm = LLM(args.model, args.strategy, **engine_args(args))
         out = llm.outputs[llm.add_request(prompt, params)]
     except ValueError as error:
         sys.exit(f"error: {error}")

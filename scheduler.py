@@ -15,7 +15,10 @@ from itertools import accumulate
 
 import numpy as np
 
-MAX_WAIT = 8          # iterations: a request in the CPU tier moves at least once in so many
+MAX_WAIT = 32         # iterations: a request in the CPU tier moves at least once in so many
+PACE = 256            # prompt tokens of an iteration, the last prompt whole: matrix products are bound by arithmetic long
+#                       before, so more at once saves nothing, while each iteration brings a decode but one token
+SLACK = 1.25          # residents of the CPU tier over what an iteration with prompts hides: somebody is always at hand
 SWAP_IN_MARK = 0.95   # share of GPU blocks that swapping in may fill
 EXACT_PEAK = 512      # requests up to which the future peak of a tier is computed exactly (quadratic)
 
@@ -173,8 +176,8 @@ class Scheduler:
     def admit(self, plan, tiers, may=lambda tier, request: True):
         """Admit waiting prompts in order of arrival, each to the first of `tiers` that has room now, will have room
         for what it is expected to grow to, and that may(tier, request) allows; stop at the first that must wait."""
-        budget = self.max_batch_tokens
-        while self.waiting and self.waiting[0].num_tokens <= budget and not plan.preempted:
+        budget, pace = self.max_batch_tokens, PACE
+        while self.waiting and self.waiting[0].num_tokens <= budget and pace > 0 and not plan.preempted:
             r = self.waiting[0]
             need = self._blocks(r.num_tokens)
             tier = next((t for t in tiers if need <= self.slack[t] and may(t, r) and self._lasts(t, r)), None)
@@ -184,6 +187,7 @@ class Scheduler:
             self._enter(r, tier, r.num_tokens)
             plan.prefill.append(r)
             budget -= r.num_tokens
+            pace -= r.num_tokens
 
     def swap_in(self, plan):
         """Bring CPU-tier requests back to the GPU, the oldest first, while they fit below the mark."""
@@ -324,36 +328,83 @@ class Neo:
         CPU   [ attention B ..................................][ attention A .. ]
 
     CPU decodes are given out, those that waited longest first, while the CPU's time stays hidden. Of three shapes
-    (GPU rows alone, one sub-batch with everything, two sub-batches) the one with most tokens per second is run.
+    (GPU rows alone, one sub-batch with everything, two sub-batches) the one with most tokens per second is run. Where
+    decodes alone hide little of the CPU's work, CPU decodes so ride along with prompts. Both tiers' tokens bring the same
+    prompts, so a prompt goes to the CPU tier only while a decode there adds less time than one in the GPU tier.
     """
     tiers = ("gpu", "cpu")
-    prompt_ms = 0.0     # what prompts cost the GPU per layer, a moving average over iterations: time the CPU can use
+
+    def __init__(self):
+        self.gpu_tokens = self.gpu_ms = 0.0     # decodes of the GPU tier in an iteration, and the time they add to prompts
+        self.cpu_tokens = self.cpu_ms = 0.0     # decodes of the CPU tier, and the time they add to that; moving averages
+        self.prompt_tokens = 0.0                # in an iteration that carries prompts, and
+        self.prompt_share = 1.0                 # the share of such iterations; moving averages, too
 
     def form(self, s, plan):
         gpu_now, cpu_now = s.decodes("gpu"), s.decodes("cpu")
         self.resident = len(cpu_now), sum(r.num_tokens for r in cpu_now)
         self.gpu_load = len(gpu_now), sum(r.num_tokens for r in gpu_now)
-        s.admit(plan, self.tiers, lambda tier, r: tier == "gpu" or s.idle or self._hidden(s.perf, r))
-        s.swap_in(plan)
+        if self._cost("cpu") > self._cost("gpu"):                           # out of the CPU tier, before others come in
+            s.swap_in(plan)
+        s.admit(plan, self.tiers, lambda tier, r: tier == "gpu" or s.idle or self._pays(s.perf, r))
+        if not plan.swap_in:
+            s.swap_in(plan)
 
         gpu = s.decodes("gpu")
         cpu = sorted(s.decodes("cpu"), key=lambda r: (r.moved, r.arrival))
-        due = sum(s.iteration - r.moved >= MAX_WAIT for r in cpu)          # these must move now
+        due = self._due(s, gpu, cpu)
         shapes = _Shapes(s.perf, plan.prefill, gpu, cpu)
-        self.prompt_ms += 0.1 * (shapes.prompt_ms() - self.prompt_ms)
         n, b = max(shapes.candidates(due), key=lambda shape: shapes.rate(*shape))
+        self._learn(shapes, n, b)
         return [Batch(plan.prefill, gpu, cpu[b:n]), Batch(cpu=cpu[:b])]
 
-    def _hidden(self, perf, request):
-        """Can the CPU serve all its residents and this one each iteration, behind two sub-batches' GPU work? Beyond
-        that, one more in the CPU tier slows its neighbours and adds no throughput."""
+    def _due(self, s, gpu, cpu):
+        """How many of `cpu`, the longest waiting first, must move now, so that all move within MAX_WAIT iterations even if
+        no prompt comes: those due within t iterations, less what t iterations of decodes hide."""
+        if not cpu:
+            return 0
+        later = Counter(max(0, MAX_WAIT + r.moved - s.iteration) for r in cpu)
+        a = s.perf.load(len(gpu) or 1, gpu_kv=sum(r.num_tokens for r in gpu))
+        step = self._hidden(s.perf, sum(r.num_tokens for r in cpu) / len(cpu), a.linear + a.gpu + s.perf.load(1).linear)
+        return max(n - step * t for t, n in enumerate(accumulate(later[t] for t in range(MAX_WAIT + 1))))
+
+    def _learn(self, shapes, n, b):
+        prompts, alone, gpu = sum(shapes.fixed["prompts"]), shapes.prompts_ms(), shapes.ms(0, 0)
+        for name, new in (("gpu_tokens", shapes.decode_rows), ("gpu_ms", gpu - alone), ("cpu_tokens", n),
+                          ("cpu_ms", shapes.ms(n, b) - gpu), ("prompt_tokens", prompts or self.prompt_tokens),
+                          ("prompt_share", prompts > 0)):
+            old = getattr(self, name)
+            setattr(self, name, old + 0.02 * (new - old) if old else new)
+
+    def _cost(self, tier):
+        """ms that a decode of a tier has added lately; 0 before there was one."""
+        tokens = getattr(self, f"{tier}_tokens")
+        return getattr(self, f"{tier}_ms") / tokens if tokens else 0.0
+
+    def _pays(self, perf, request):
+        """Should this prompt decode on the CPU? While a second sub-batch, one more pass over the weights, is shared by
+        enough CPU decodes to make each cheaper than one in the GPU tier: those that hide behind decodes alone; or else
+        those that hide behind prompts, if prompts come so often that nobody waits too long. From half of their number on,
+        what CPU decodes did cost counts as well."""
         n, kv = self.resident[0] + 1, self.resident[1] + request.num_tokens
-        half = perf.load((n + self.gpu_load[0] + 1) // 2).linear
-        gpu = perf.load(0, gpu_kv=self.gpu_load[1]).gpu
-        if perf.cpu_time(n, kv) > 2 * half + gpu + self.prompt_ms:
+        prompt, (rows, gpu_kv) = int(self.prompt_tokens) or request.num_tokens, self.gpu_load
+        busy, idle = perf.load(prompt + rows, [prompt], gpu_kv=gpu_kv), perf.load(rows or 1, gpu_kv=gpu_kv)
+        b = perf.load(n).linear
+        most, least = (self._hidden(perf, kv / n, a.linear + a.gpu + b) for a in (busy, idle))
+        price = self._cost("gpu") if self.gpu_tokens else float("inf")
+        if perf.n_layer * b > price * least:
+            most *= min(1.0, self.prompt_share * MAX_WAIT / 2)              # half, as prompts come in bursts
+            if perf.n_layer * b > price * most:
+                return False
+        if n > SLACK * most or n > most / 2 and self._cost("cpu") > price:
             return False
         self.resident = n, kv
         return True
+
+    @staticmethod
+    def _hidden(perf, kv_each, cover):
+        """CPU decodes of so many cached tokens each that `cover` ms hide."""
+        return bisect_right(range(1, 4096), cover, key=lambda n: perf.cpu_time(n, n * kv_each))
 
 
 class _Shapes:
@@ -375,23 +426,28 @@ class _Shapes:
     def b(self, b):
         return self.perf.load(b, n_cpu=b, cpu_kv=self.kv[b])
 
-    def prompt_ms(self):
-        """GPU time per layer that prompts add to this iteration's decodes."""
+    def ms(self, n, b):
+        """Predicted time of a shape."""
+        loads = (self.a(b, n), self.b(b)) if b else (self.a(0, n),)
+        return self.perf.iteration(loads, (self.samples + n - b, b)).total if self.samples + n else 0.0
+
+    def prompts_ms(self):
+        """Predicted time of the prompts alone."""
         if not self.fixed["prompts"]:
             return 0.0
-        decodes = self.perf.load(self.decode_rows, gpu_kv=self.fixed["gpu_kv"])
-        return max(0.0, sum(self.a(0, 0)[:2]) - sum(decodes[:2]))
+        load = self.perf.load(self.rows - self.decode_rows, **self.fixed | {"gpu_kv": 0})
+        return self.perf.iteration([load], [self.samples - self.decode_rows]).total
 
     def rate(self, n, b):
         """Predicted tokens per ms."""
-        loads = (self.a(b, n), self.b(b)) if b else (self.a(0, n),)
-        samples = (self.samples + n - b, b)
-        return sum(samples) / self.perf.iteration(loads, samples).total
+        return (self.samples + n) / self.ms(n, b)
 
     def candidates(self, due):
-        """[(n, b)]: GPU rows alone; one sub-batch with 1/8, 2/8 ... 8/8 of the CPU decodes; two sub-batches."""
-        total = len(self.cpu)
-        out = {(max(due, total * i // 8), 0) for i in range(9)}
+        """[(n, b)]: GPU rows alone; one sub-batch with 1/8, 2/8 ... 8/8 of the CPU decodes, or as many as hide behind
+        its GPU attention; two sub-batches."""
+        total, cover = len(self.cpu), self.a(0, 0).gpu
+        free = bisect_right(range(1, total + 1), cover, key=lambda m: self.perf.cpu_time(m, self.kv[m]))
+        out = {(max(due, n), 0) for n in (free, *(total * i // 8 for i in range(9)))}
         if split := self._split(due):
             out.add(split)
         return sorted((n, b) for n, b in out if n or self.samples) or [(0, 0)]

@@ -114,8 +114,9 @@ def fmt_gib(n):
 
 
 def plan_budget(name, cfg, dtype, device, strategy, gpu_mem=None, gpu_blocks=None, cpu_mem=None, block_size=None,
-                max_model_len=None, max_batch_tokens=None):
-    """LLM's memory arguments -> Budget, checked against what is free. Raises ValueError on what does not fit."""
+                max_model_len=None, max_batch_tokens=None, testbed=None):
+    """LLM's memory arguments -> Budget, checked against what is free (a perfmodel.Testbed: against what it has). Raises
+    ValueError on what does not fit."""
     if strategy not in STRATEGIES:
         raise ValueError(f"unknown strategy {strategy!r}: choose one of {', '.join(STRATEGIES)}")
     for arg, value, least in (("gpu_mem", gpu_mem, 0), ("gpu_blocks", gpu_blocks, 0), ("block_size", block_size, 0),
@@ -138,8 +139,10 @@ def plan_budget(name, cfg, dtype, device, strategy, gpu_mem=None, gpu_blocks=Non
     block_bytes = token_bytes * block_size * cfg.n_layer
     row = 3 * cfg.n_embd + 2 * (cfg.n_head + 2 * cfg.n_kv_head) * cfg.head_dim + 3 * cfg.n_ffn  # x, h, o | q, k, v | FFN
     activation_bytes = max_batch_tokens * row * dtype.itemsize
-    used, on_cuda, host = weight_bytes + activation_bytes, device.type == "cuda", host_memory()
-    free = torch.cuda.mem_get_info()[0] if on_cuda else host
+    used, on_cuda, host = weight_bytes + activation_bytes, testbed or device.type == "cuda", host_memory()
+    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else host
+    if testbed:
+        free, host = int(testbed.gpu_gb * testbed.tp * GIB), int(testbed.host_gb * GIB)
     what = (f"{name} in {str(dtype)[6:]}: {fmt_gib(weight_bytes)} of weights and {fmt_gib(activation_bytes)} of "
             f"activations ({max_batch_tokens} prompt tokens)")
     if used > free:

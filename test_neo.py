@@ -21,12 +21,13 @@ from hypothesis import strategies as st
 
 import bench
 import cpu_attn
+import figures
 import gpu_attn
 from checkpoint import PRESETS, load_config, load_tokenizer
 from kvcache import KVCache
 from model import rope_table
 from neo import LLM, SamplingParams, sample
-from perfmodel import Load, PerfModel, Prediction, Profile, layer_ms
+from perfmodel import TESTBEDS, Load, PerfModel, Prediction, Profile, Roofline, fluid_limit, layer_ms, testbed
 from scheduler import MAX_WAIT, STRATEGIES, Batch, Request, Scheduler
 
 DATA = Path(__file__).resolve().parent.parent / "shared" / "data"
@@ -476,7 +477,8 @@ def test_swap_moves_the_bits(dtype):
     kv.gpu.k.copy_(torch.randn(kv.gpu.k.shape))
     kv.gpu.v.copy_(torch.randn(kv.gpu.v.shape))
     before = [t[:, kv.sequences["a"].blocks].clone() for t in (kv.gpu.k, kv.gpu.v)]
-    assert kv.swap(["a"], "cpu") == 3
+    kv.swap(["a"], "cpu")
+    assert kv.swapped_blocks == 3
     kv.check()
     assert all(torch.equal(t[:, kv.sequences["a"].blocks], b) for t, b in zip((kv.cpu.k, kv.cpu.v), before))
     kv.gpu.k.zero_(), kv.gpu.v.zero_()
@@ -596,8 +598,8 @@ def test_gpu_only_does_not_thrash():
 def test_gpu_only_admits_all_that_fits():
     """Two requests of 27 blocks at their longest fill 54 exactly; the third enters when the first leaves."""
     _, plans = simulate("gpu-only", [(372, 60), (372, 60), (372, 60)], 54, 0)
-    assert plans[0].rows == [(2, 0, 0)] and max(sum(r[0]) for r in (p.rows for p in plans)) == 2
-    assert len(plans) == 120
+    assert plans[0].rows == [(1, 0, 0)] and plans[1].rows == [(1, 1, 0)]           # one prompt of PACE tokens at a time
+    assert max(sum(p.rows[0]) for p in plans) == 2 and len(plans) == 120
 
 
 def test_neo_equals_gpu_only_when_everything_fits_or_the_cpu_is_useless():
@@ -723,7 +725,7 @@ def test_bad_requests_are_refused_and_the_others_go_on(tiny):
     (dict(max_model_len=1), "max_model_len = 1: must be above 1"),
     (dict(cpu_mem=-1), "cpu_mem"), (dict(max_model_len=10 ** 6), "512 positions"), (dict(cpu_threads=10 ** 4), "cpu_threads"),
     (dict(max_model_len=256, max_batch_tokens=100), "max_batch_tokens"), (dict(cpu_mem=0), "CPU tier"),
-    (dict(strategy="gpu-only", gpu_blocks=4, max_model_len=100), "holds 64"), (dict(simulate="t4"), "simulate")])
+    (dict(strategy="gpu-only", gpu_blocks=4, max_model_len=100), "holds 64"), (dict(simulate="t5"), "unknown testbed 't5'.*t4")])
 def test_engine_errors_name_value_limit_and_way_out(kwargs, message):
     with pytest.raises(ValueError, match=message):
         LLM(**({"model": "tiny", "device": "cpu"} | kwargs))
@@ -905,8 +907,8 @@ def test_bench_survives_ctrl_c(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", bench.FIGURES)
 def test_drawn_lengths_meet_the_published_figures(name):
-    for figures in bench.FIGURES[name]:
-        mean, p50, p90, p99, top, least = figures
+    for want in bench.FIGURES[name]:
+        mean, p50, p90, p99, top, least = want
         x = np.array(bench.draw_lengths(figures, 200_000, np.random.default_rng(0)))
         assert x.mean() == pytest.approx(mean, rel=0.02) and x.max() <= top and x.min() >= least
         for share, value in ((0.5, p50), (0.9, p90), (0.99, p99)):
@@ -945,3 +947,181 @@ def test_bench_rejects_bad_flags():
                           (["--frobnicate"], "frobnicate"), (["--dataset-name", "lengths", "--dataset-path", "/no"], "/no")):
         done = run_script("bench.py", *(argv if "--model" in argv else ["--model", "tiny", *argv]))
         assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------- simulation
+
+def simulated(strategy, requests, bed="t4", model="llama-7b", **kwargs):
+    """Serve (tokens in, out) requests, all at once, on a simulated testbed; (LLM, bench result)."""
+    llm = LLM(model, strategy, simulate=testbed(bed) if isinstance(bed, str) else bed,
+              **{"gpu_blocks": 54, "cpu_mem": 18.0, "max_model_len": 832, "max_batch_tokens": 832} | kwargs)
+    ins, outs = zip(*requests)
+    work = bench.Workload([[0] * n for n in ins], list(outs), [0.0] * len(ins), "test", 0)
+    return llm, bench.serve(llm, strategy, work, quiet=True)[0]
+
+
+def test_virtual_clock_by_hand():
+    """One prompt of 100 tokens, then decodes, on round numbers: 1 TFLOP/s, 1 GB/s, no launches; 3 ms an iteration."""
+    bed = dataclasses.replace(testbed("t4"), tflops=1, gpu_bw=1, compute_eff=1, memory_eff=1, launch_us=0, cpu_launch_us=0,
+                              host_ms=3, pcie_bw=2, cpu_bw=4)
+    cfg = PRESETS["tiny"]
+    E, F, V, L, D = cfg.n_embd, cfg.n_ffn, cfg.vocab_size, cfg.n_layer, cfg.n_head * cfg.head_dim
+    kv = 2 * cfg.n_kv_head * cfg.head_dim
+    layer = E * (D + kv) + D * E + 3 * E * F + 2 * E                       # parameters of a layer; E: the last norm below
+    layer += E / L
+    bytes_ms, flops_ms = 1e-6, 1e-9
+    head = max(2 * V * E * bytes_ms, 2 * V * E * flops_ms) + 3
+    prompt = L * (max(2 * layer * bytes_ms, 2 * layer * 100 * flops_ms) + 2 * 100 * 100 * D * flops_ms) + head
+    llm = LLM("tiny", "gpu-only", simulate=bed, gpu_blocks=20, cpu_mem=0.001)
+    llm.add_request([0] * 100, SamplingParams(max_tokens=3, ignore_eos=True))
+    times = []
+    while llm.outputs:
+        llm.step()
+        times.append(1e3 * llm.clock())
+    decode = [L * (2 * layer + 2 * kv * n) * bytes_ms + head for n in (101, 102)]
+    np.testing.assert_allclose(np.diff([0, *times]), [prompt, *decode], rtol=1e-9)
+
+    llm = LLM("tiny", "serial", simulate=bed, gpu_blocks=1, cpu_mem=0.001)  # in the CPU tier: nothing overlaps
+    llm.add_request([0] * 100, SamplingParams(max_tokens=2, ignore_eos=True))
+    llm.step()
+    start = llm.clock()
+    llm.step()
+    cpu = 101 * 2 * kv * 0.25e-6 + (8 * D + 2 * kv) * 0.5e-6
+    assert 1e3 * (llm.clock() - start) == pytest.approx(L * (2 * layer * bytes_ms + cpu) + head)
+
+
+def test_simulated_swaps_cost_pcie_time():
+    llm = LLM("tiny", "neo", simulate="t4", gpu_blocks=8, cpu_mem=0.01, max_model_len=64)
+    llm.model.perf.bed = None                                              # linear() and head() are replaced just below
+    llm.model.perf.linear = llm.model.perf.gpu_decode = lambda n: 0.0
+    llm.model.perf.head, llm.model.perf.transfer = (lambda n: 0.0), (lambda n: 1e-3 * n)
+    llm.kv.reserve("a", "gpu", 40)
+    llm.kv.swap(["a"], "cpu")
+    llm.kv.release("a")
+    batch = llm.kv.bind(Batch(gpu=[Request("b", [0, 0], 1, tier="gpu", num_kv=1, output=[0])]))
+    llm.model.run([batch], llm.kv)
+    assert 1e3 * llm.clock() == pytest.approx(3 * 4 * 16 * llm.budget.token_bytes * 1e-3)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_simulation_conserves_tokens_and_stays_below_the_fluid_limit(strategy):
+    rng = random.Random(1)
+    requests = [(rng.randrange(50, 500), rng.randrange(2, 90)) for _ in range(60)]
+    llm, result = simulated(strategy, requests)
+    assert result["completed"] == 60 and result["failed"] == 0
+    assert result["total_input_tokens"] == sum(i for i, _ in requests)
+    assert result["total_output_tokens"] == sum(o for _, o in requests)
+    stats = llm.stats()
+    assert stats["gpu_decode_tokens"] + stats["cpu_decode_tokens"] == sum(o - 1 for _, o in requests)
+    assert (stats["cpu_decode_tokens"] > 0) == (strategy != "gpu-only")
+    assert 0.1 < result["fluid_share"] <= 1.0
+    assert all(llm.scheduler.free[t] == llm.scheduler.num_blocks[t] for t in ("gpu", "cpu"))
+    llm.kv.check()
+
+
+def test_simulated_strategies_in_easy_corners():
+    requests = [(300 + 7 * i % 100, 30 + i % 20) for i in range(80)]
+    rate = lambda s, bed="t4", **kw: simulated(s, requests, bed, **kw)[1]["output_throughput"]
+    base = rate("gpu-only")
+    fast = testbed("t4", cpu_bw=1e6, pcie_bw=1e6, cpu_launch_us=0)
+    assert rate("neo", fast) > 4 * base and rate("symmetric", fast) > 3 * base
+    assert rate("neo", testbed("t4", cpu_bw=1e-6)) == pytest.approx(base, rel=1e-9)
+    big, roomy = testbed("t4", gpu_gb=200), dict(gpu_blocks=3000)
+    assert rate("neo", big, **roomy) == pytest.approx(rate("gpu-only", big, **roomy), rel=1e-9)
+
+
+@pytest.mark.parametrize("bed, model, blocks, length", [
+    ("t4", "llama-7b", 54, (372, 45)), ("g5.2xlarge", "llama-8b", 400, (1000, 100)), ("g5.4xlarge", "llama-8b", 400, (1000, 20)),
+    ("a100", "llama-13b", 500, (1000, 300)), ("2xh100", "llama-70b", 700, (2000, 50))])
+def test_neo_never_falls_below_gpu_only(bed, model, blocks, length):
+    """However weak the CPU or short the outputs, beyond 2 % (the start, when nothing is known yet)."""
+    rng = random.Random(2)
+    requests = [tuple(round(n * rng.uniform(0.9, 1.1)) for n in length) for _ in range(150)]
+    kwargs = dict(bed=bed, model=model, gpu_blocks=blocks, cpu_mem=None, max_model_len=min(2400, 16 * blocks),
+                  max_batch_tokens=4096)
+    neo, base = (simulated(s, requests, **kwargs)[1]["output_throughput"] for s in ("neo", "gpu-only"))
+    assert neo >= 0.98 * base
+
+
+def test_nobody_starves_in_the_cpu_tier_of_a_simulation():
+    llm = LLM("llama-8b", "neo", simulate="g5.2xlarge", gpu_blocks=200, max_model_len=1200)
+    for i in range(40):
+        llm.add_request([0] * (700 + 5 * i), SamplingParams(max_tokens=100, ignore_eos=True))
+    waited = 0
+    while llm.outputs:
+        llm.step()
+        waits = [llm.scheduler.iteration - r.moved for r in llm.scheduler.running["cpu"].values() if r.num_kv]
+        waited = max([waited, *waits])
+    assert llm.stats()["cpu_decode_tokens"] and 1 < waited <= MAX_WAIT
+
+
+def test_fluid_limit_by_hand():
+    """Memory-bound, then compute-bound: numbers that a pencil checks."""
+    perf = Roofline(testbed("t4", compute_eff=1, memory_eff=1), PRESETS["llama-7b"])
+    t, W = perf.token_bytes * 32, (32 * perf.params + perf.embed) * 2 / 320e9
+    rate, binds = fluid_limit(perf, [(400, 101)], 900, 0)
+    K = 100 * 450.5                                                        # tokens x iterations of a request
+    f = 1 / (W + 900 * t / 320e9)
+    assert rate == pytest.approx(900 * f / K) and binds == ["GPU bandwidth", "GPU memory"]
+    more, binds = fluid_limit(perf, [(400, 101)], 900, 10 ** 6)
+    assert more == pytest.approx(900 / K / W * (1 - 900 * t / 320e9 / (W + 900 * t / 320e9)) + 33e9 / (K * t), rel=1e-2)
+    assert "CPU bandwidth" in binds
+    rate, binds = fluid_limit(perf, [(3000, 2)], 10 ** 6, 10 ** 6)
+    ops = 32 * (2 * perf.params * 3001 + 2 * 3000 ** 2 * 4096) + 2 * 2 * perf.embed
+    assert rate == pytest.approx(65e12 / ops) and binds == ["GPU compute"]
+    assert fluid_limit(perf, [(100, 1)], 900, 0)[1] == ["GPU compute"]
+
+
+def test_testbeds_hold_their_documented_numbers():
+    for name, row in {"t4": (65, 16, 320, 12), "g5.4xlarge": (70, 24, 600, 25), "2xh100": (989, 80, 3350, 50)}.items():
+        bed = TESTBEDS[name]
+        assert (bed.tflops, bed.gpu_gb, bed.gpu_bw, bed.pcie_bw) == row
+    assert [TESTBEDS[f"g5.{n}xlarge"].host_gb for n in (2, 4, 8, 16)] == [32, 64, 128, 256]
+    assert TESTBEDS["2xh100"].tp == 2
+    for name, low, high in (("t4", 31, 35), ("g5.2xlarge", 20, 23), ("g5.4xlarge", 21, 24), ("g5.8xlarge", 31, 40),
+                            ("g5.16xlarge", 70, 90)):
+        assert low <= TESTBEDS[name].cpu_bw <= high
+    for kwargs, message in ((dict(cpu_bw=0), "cpu_bw = 0 must be positive"), (dict(memory_eff=1.2), "memory_eff = 1.2"),
+                            (dict(launch_us=-1), "launch_us"), (dict(tp=0), "tp = 0")):
+        with pytest.raises(ValueError, match=message):
+            testbed("t4", **kwargs)
+
+
+def test_bench_simulates_the_same_twice(tmp_path, capsys):
+    argv = ["--model", "llama-7b", "--simulate", "t4", "--gpu-blocks", "54", "--max-batch-tokens", "832", "--dataset-name",
+            "osc", "--num-prompts", "40", "--request-rate", "1", "--cpu-bw", "60"]
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    for f in files:
+        bench.main([*argv, "--result-filename", str(f)])
+    out = capsys.readouterr().out
+    assert "simulated t4" in out and "Not a measurement" in out and "60 GB/s" in out and "fluid limit" in out
+    a, b = (json.loads(f.read_text()) for f in files)
+    assert a["results"] == b["results"] and a["results"]["neo"]["completed"] == 40
+
+
+def test_a_simulation_from_a_measured_profile_follows_the_real_engine(capsys):
+    """Not how well, which a noisy machine cannot tell, but that the same plans are made and the clock is of their kind."""
+    bench.main(["--model", "tiny", "--device", "cpu", "--simulate", "self", "--num-prompts", "6", "--input-len", "40",
+                "--output-len", "10"])
+    out = capsys.readouterr().out
+    assert "neo sim" in out and "simulated / real, neo: throughput" in out and "simulated / real, gpu-only" in out
+    real = LLM("tiny", "neo", device="cpu", gpu_blocks=8, cpu_mem=0.01)
+    twin = LLM("tiny", "neo", simulate=real)
+    for llm in (real, twin):
+        llm.generate([[1] * 30] * 3, SamplingParams(max_tokens=5, ignore_eos=True))
+    for key in ("prefill_tokens", "preemptions"):
+        assert real.stats()[key] == twin.stats()[key]
+    assert 0 < twin.stats()["wall_s"] < 100 * real.stats()["wall_s"]
+
+
+def test_figures(tmp_path, capsys):
+    assert figures.rate_at({0.5: 0.1, 1.0: 0.2, 2.0: 1.2}, 0.7) == pytest.approx(1.5)
+    assert figures.rate_at({0.5: 0.1, 1.0: 0.2}, 5) == 1.0
+    assert figures.main(bench.parse_args(["--figure", "7"])) == 1 and "unknown figure '7'" in capsys.readouterr().err
+    pytest.importorskip("matplotlib")
+    files = tmp_path / "f.json", tmp_path / "f.png"
+    with pytest.raises(SystemExit) as status:
+        bench.main(["--figure", "6c", "--num-prompts", "40", "--result-filename", str(files[0]), "--plot", str(files[1])])
+    assert not status.value.code and "gpu-only" in capsys.readouterr().out
+    assert len(json.loads(files[0].read_text())["results"]) == 13 and files[1].stat().st_size > 1000
+
