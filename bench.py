@@ -48,7 +48,8 @@ ROWS = (                       # of the table: key of a result, label, factor, f
     ("cpu_decode_tokens", "tokens decoded on CPU", 1, ".0f"), ("swapped_blocks", "blocks swapped", 1, ".0f"),
     ("preemptions", "preemptions", 1, ".0f"), ("prediction_error", "|predicted/measured - 1|, %", 100, ".0f"),
     ("outside_model_share", "time outside the model, %", 100, ".1f"))
-FLUID_ROWS = (("fluid_request_rate", "fluid limit, request/s", 1, ".3f"), ("fluid_share", "request/s of the limit, %", 100, ".0f"))
+FLUID_ROWS = (("fluid_request_rate", "fluid limit, request/s", 1, ".3f"),
+              ("fluid_share", "request/s of the limit, %", 100, ".0f"))
 
 
 # ----------------------------------------------------------------------------------------------------------- workload
@@ -312,6 +313,8 @@ def parse_args(argv=None):
     parser.add_argument("--verbose", action="store_true", help="one line per iteration")
     add_engine_args(parser)
     args = parser.parse_args(argv)
+    args.twin = args.simulate == "self"
+    args.simulate = None if args.twin else args.simulate
     for name in ("num_prompts", "input_len", "output_len", "repeats", "request_rate"):
         value = getattr(args, name)
         if value is not None and not value > 0:
@@ -322,8 +325,7 @@ def parse_args(argv=None):
 def prepare(args):
     """Draw the requests, size the engine for them, warm it up: (LLM, Workload, strategies)."""
     cfg, engine = load_config(args.model), engine_args(args)
-    simulated = args.simulate and args.simulate != "self"
-    on_gpu = simulated or resolve_device(args.device).type == "cuda"
+    on_gpu = bool(args.simulate) or resolve_device(args.device).type == "cuda"
     strategies = list(dict.fromkeys(args.strategies.split(",")))
     if unknown := [s for s in strategies if s not in STRATEGIES]:
         raise ValueError(f"unknown strategy {unknown[0]!r}: choose from {', '.join(STRATEGIES)}")
@@ -346,10 +348,10 @@ def prepare(args):
         llm.reset(s)
         limits.append(llm.max_request_len)
     ins, outs, more = fit_requests(ins, outs, min(limits))
-    draw = (lambda i: [0] * i) if simulated else lambda i: rng.integers(cfg.vocab_size, size=i).tolist()
+    draw = (lambda i: [0] * i) if args.simulate else lambda i: rng.integers(cfg.vocab_size, size=i).tolist()
     prompts = [draw(i) if isinstance(i, int) else i for i in ins]
     arrivals = [0.0] * n if math.isinf(args.request_rate) else rng.exponential(1 / args.request_rate, n).cumsum().tolist()
-    for s in () if simulated else strategies:
+    for s in () if args.simulate else strategies:
         llm.reset(s)
         llm.generate([prompts[0][:8]], SamplingParams(max_tokens=2, ignore_eos=True))
     return llm, Workload(prompts, outs, arrivals, source, max(clipped, more)), strategies
@@ -380,7 +382,7 @@ def main(argv=None):
         sys.exit("interrupted before the first request")
     print(card(llm, work, args), flush=True)
     runs = {s: (llm, s) for s in strategies}
-    if args.simulate == "self":
+    if args.twin:
         twin = LLM(args.model, strategies[0], simulate=llm)
         runs = {name: run for s in strategies for name, run in ((s, (llm, s)), (f"{s} sim", (twin, s)))}
     llm.verbose, rounds, outputs, trace = args.verbose, {name: [] for name in runs}, {}, []
@@ -391,11 +393,11 @@ def main(argv=None):
                 rounds[name].append(result)
     results = {s: median_result(rs) for s, rs in rounds.items() if rs}
     print("\n" + table(results) + "\n")
-    for line in notes(results, outputs, args.simulate):
+    for line in notes(results, outputs, args.simulate or args.twin):
         print(line)
     if {"neo", "gpu-only"} <= results.keys():
         print(sentence(results, llm))
-    for s in strategies if args.simulate == "self" else ():
+    for s in strategies if args.twin else ():
         ratios = (f"{label} {results[f'{s} sim'][key] / results[s][key]:.2f}" for key, label in (
             ("output_throughput", "throughput"), ("mean_ttft_ms", "TTFT"), ("mean_tpot_ms", "TPOT")))
         print(f"simulated / real, {s}: {', '.join(ratios)}")

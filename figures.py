@@ -23,7 +23,7 @@ from tqdm import tqdm
 import bench
 from checkpoint import load_config
 from neo import LLM
-from perfmodel import testbed
+from perfmodel import find_testbed
 from startup import GIB
 
 # Figure 6c: seconds per token at request rates; T4, Llama-2-7B, OSC
@@ -59,7 +59,7 @@ def point(spec):
     if share:
         mean = statistics.fmean(i + o / 2 for i, o in zip(ins, outs))
         spec["gpu_blocks"] = max(math.ceil(share * GRID_RESIDENT * mean / 16), math.ceil(longest / 16))
-        spec["simulate"] = testbed(spec["simulate"], gpu_gb=2048, host_gb=2048)    # the budget is the subject, not what fits
+        spec["simulate"] = find_testbed(spec["simulate"], gpu_gb=2048, host_gb=2048)    # the budget is the subject, not what fits
     llm = LLM(spec.pop("model"), strategy, max_model_len=longest, **spec)
     arrivals = [0.0] * n if math.isinf(rate) else rng.exponential(1 / rate, n).cumsum().tolist()
     work = bench.Workload([[0] * i for i in ins], outs, arrivals, source, clipped)

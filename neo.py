@@ -21,7 +21,7 @@ from tqdm import tqdm
 from checkpoint import load_config, load_tokenizer
 from kvcache import KVCache
 from model import Model
-from perfmodel import TESTBEDS, Prediction, Profile, Roofline, SimulatedModel, Testbed, testbed
+from perfmodel import TESTBEDS, Prediction, Profile, Roofline, SimulatedModel, Testbed, find_testbed
 from scheduler import STRATEGIES, Request, Scheduler
 from startup import BLOCK_SIZE, device_name, fmt_gib, plan_budget, profile_samples, resolve_device, resolve_dtype, \
     resolve_threads, warm_up
@@ -138,7 +138,7 @@ class LLM:
             if self.perf_samples is None:
                 raise ValueError("simulate: this LLM has no profile, as it has no CPU tier")
         else:
-            self.testbed = simulate if isinstance(simulate, Testbed) else testbed(simulate)
+            self.testbed = simulate if isinstance(simulate, Testbed) else find_testbed(simulate)
             self.dtype = resolve_dtype("fp16" if dtype == "auto" else dtype, self.cfg, self.device)
             self.budget = plan_budget(self.name, self.cfg, self.dtype, self.device, *memory, testbed=self.testbed)
         self.kv = self._cache(empty=True)
@@ -419,7 +419,8 @@ def add_engine_args(parser):
     parser.add_argument("--gpu-threads", type=int, metavar="N", help="cores that play the GPU")
     parser.add_argument("--cpu-threads", type=int, metavar="N", help="cores for CPU attention")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--simulate", metavar="TESTBED", help=f"run on a virtual clock: {', '.join(TESTBEDS)}")
+    parser.add_argument("--simulate", metavar="TESTBED", help=f"run on a virtual clock: {', '.join(TESTBEDS)}; "
+                        "bench.py also: self, this machine from its measured profile, beside the real run")
     group = parser.add_argument_group("numbers of a simulated testbed", "in place of the preset's; units: perfmodel.Testbed")
     for f in fields(Testbed)[2:]:
         group.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, metavar="X")
@@ -428,11 +429,10 @@ def add_engine_args(parser):
 def engine_args(args):
     """Parsed flags -> LLM's arguments, the numbers of a simulated testbed folded into `simulate`. Raises ValueError."""
     numbers = {f.name: getattr(args, f.name) for f in fields(Testbed)[2:] if getattr(args, f.name) is not None}
-    bed = args.simulate if args.simulate != "self" else None       # bench.py's: this machine, from its profile
-    if numbers and not bed:
+    if numbers and not args.simulate:
         raise ValueError(f"--{next(iter(numbers)).replace('_', '-')} changes a simulated testbed: add --simulate TESTBED")
     return {k: getattr(args, k) for k in ENGINE_ARGS} | {
-        "simulate": testbed(bed, **numbers) if bed else None}
+        "simulate": find_testbed(args.simulate, **numbers) if args.simulate else None}
 
 
 ENGINE_ARGS = ("device", "dtype", "gpu_mem", "gpu_blocks", "cpu_mem", "block_size", "max_model_len", "max_batch_tokens",

@@ -9,7 +9,8 @@ With l, g, c = one layer's linear, GPU-attention and CPU-attention time of sub-b
     max(lA + gA + lB + gB,  cA + cB,  lA + cA,  lB + cB)            (NEO, section 3.2)
         the GPU's work      the CPU's  A's own chain  B's own chain
 
-and one sub-batch alone is the case B = 0: l + max(g, c). Knows nothing of torch tensors or queues: plain numbers.
+and one sub-batch alone is the case B = 0: l + max(g, c). Knows nothing of torch or queues: plain numbers, but for the
+logits that the simulated model hands back.
 """
 import json
 from bisect import bisect_left
@@ -195,7 +196,7 @@ class Testbed:
             least_ok = value >= 0 if f.name.endswith(("_us", "_ms")) else value > 0
             if not (least_ok and value <= top):
                 raise ValueError(f"testbed {self.name}: {f.name} = {value} must be "
-                                 f"{'above 0, at most 1' if top == 1 else 'positive' if not least_ok else 'finite'}")
+                                 f"{'above 0, at most 1' if top == 1 else 'positive'}")
 
 
 # TFLOP/s, GiB, GB/s: NVIDIA's data sheets. PCIe: about 12, 25, 50 GB/s measured for generations 3, 4, 5
@@ -217,7 +218,7 @@ TESTBEDS = {t.name: t for t in (
     Testbed("h200", "H200", *GPUS["H200"], 24, 256, 70))}           # guess: an eighth of one
 
 
-def testbed(name, **overrides):
+def find_testbed(name, **overrides):
     """The preset of this name, some of its numbers replaced. Raises ValueError on an unknown name or impossible number."""
     if name not in TESTBEDS:
         raise ValueError(f"unknown testbed {name!r}: choose one of {', '.join(TESTBEDS)}")
@@ -338,6 +339,6 @@ def fluid_limit(perf, lengths, gpu_tokens, cpu_tokens):
     g, c = rates(f)
     if (g + c) * C >= 1:
         return 1 / C, ["GPU compute"]
-    use = {"GPU bandwidth": f * W + g * kv_gpu, "GPU memory": g * K / gpu_tokens / f, "CPU bandwidth": c * kv_cpu,
-           "CPU memory": c * K / cpu_tokens / f if cpu_tokens else 0.0, "PCIe": c * X}
+    use = {"GPU bandwidth": f * W + g * kv_gpu, "GPU memory": g * K / gpu_tokens / f if gpu_tokens else 0.0,
+           "CPU bandwidth": c * kv_cpu, "CPU memory": c * K / cpu_tokens / f if cpu_tokens else 0.0, "PCIe": c * X}
     return g + c, [name for name, share in use.items() if share > 1 - 1e-9]

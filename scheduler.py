@@ -18,6 +18,7 @@ import numpy as np
 MAX_WAIT = 32         # iterations: a request in the CPU tier moves at least once in so many
 PACE = 256            # prompt tokens of an iteration, the last prompt whole: matrix products are bound by arithmetic long
 #                       before, so more at once saves nothing, while each iteration brings a decode but one token
+TRIAL = 256           # iterations after which decodes of the CPU tier must be worth their cost
 SLACK = 1.25          # residents of the CPU tier over what an iteration with prompts hides: somebody is always at hand
 SWAP_IN_MARK = 0.95   # share of GPU blocks that swapping in may fill
 EXACT_PEAK = 512      # requests up to which the future peak of a tier is computed exactly (quadratic)
@@ -339,6 +340,7 @@ class Neo:
         self.cpu_tokens = self.cpu_ms = 0.0     # decodes of the CPU tier, and the time they add to that; moving averages
         self.prompt_tokens = 0.0                # in an iteration that carries prompts, and
         self.prompt_share = 1.0                 # the share of such iterations; moving averages, too
+        self.opened = 0                         # iteration from which the CPU tier takes prompts
 
     def form(self, s, plan):
         gpu_now, cpu_now = s.decodes("gpu"), s.decodes("cpu")
@@ -346,7 +348,7 @@ class Neo:
         self.gpu_load = len(gpu_now), sum(r.num_tokens for r in gpu_now)
         if self._cost("cpu") > self._cost("gpu"):                           # out of the CPU tier, before others come in
             s.swap_in(plan)
-        s.admit(plan, self.tiers, lambda tier, r: tier == "gpu" or s.idle or self._pays(s.perf, r))
+        s.admit(plan, self.tiers, lambda tier, r: tier == "gpu" or s.idle or self._pays(s, r))
         if not plan.swap_in:
             s.swap_in(plan)
 
@@ -374,29 +376,36 @@ class Neo:
                           ("cpu_ms", shapes.ms(n, b) - gpu), ("prompt_tokens", prompts or self.prompt_tokens),
                           ("prompt_share", prompts > 0)):
             old = getattr(self, name)
-            setattr(self, name, old + 0.02 * (new - old) if old else new)
+            setattr(self, name, old + 0.005 * (new - old) if old else new)  # remembers about as long as a request lives
 
     def _cost(self, tier):
         """ms that a decode of a tier has added lately; 0 before there was one."""
         tokens = getattr(self, f"{tier}_tokens")
         return getattr(self, f"{tier}_ms") / tokens if tokens else 0.0
 
-    def _pays(self, perf, request):
+    def _pays(self, s, request):
         """Should this prompt decode on the CPU? While a second sub-batch, one more pass over the weights, is shared by
-        enough CPU decodes to make each cheaper than one in the GPU tier: those that hide behind decodes alone; or else
-        those that hide behind prompts, if prompts come so often that nobody waits too long. From half of their number on,
-        what CPU decodes did cost counts as well."""
+        enough CPU decodes to make each cheaper than one in the GPU tier even with half of them: those that hide behind
+        decodes alone; or else those that hide behind prompts, if prompts come so often that nobody waits too long. From
+        that half on, what CPU decodes have cost counts as well: if it stays too much, the tier closes for a while."""
+        perf = s.perf
+        if s.iteration < self.opened:
+            return False
         n, kv = self.resident[0] + 1, self.resident[1] + request.num_tokens
         prompt, (rows, gpu_kv) = int(self.prompt_tokens) or request.num_tokens, self.gpu_load
         busy, idle = perf.load(prompt + rows, [prompt], gpu_kv=gpu_kv), perf.load(rows or 1, gpu_kv=gpu_kv)
         b = perf.load(n).linear
         most, least = (self._hidden(perf, kv / n, a.linear + a.gpu + b) for a in (busy, idle))
         price = self._cost("gpu") if self.gpu_tokens else float("inf")
-        if perf.n_layer * b > price * least:
+        if perf.n_layer * b > price * least / 2:
             most *= min(1.0, self.prompt_share * MAX_WAIT / 2)              # half, as prompts come in bursts
-            if perf.n_layer * b > price * most:
+            if perf.n_layer * b > price * most / 2:
                 return False
-        if n > SLACK * most or n > most / 2 and self._cost("cpu") > price:
+        if n > most / 2 and self._cost("cpu") > price:
+            if s.iteration > self.opened + TRIAL:
+                self.opened = s.iteration + 4 * TRIAL
+            return False
+        if n > SLACK * most:
             return False
         self.resident = n, kv
         return True

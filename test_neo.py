@@ -27,7 +27,7 @@ from checkpoint import PRESETS, load_config, load_tokenizer
 from kvcache import KVCache
 from model import rope_table
 from neo import LLM, SamplingParams, sample
-from perfmodel import TESTBEDS, Load, PerfModel, Prediction, Profile, Roofline, fluid_limit, layer_ms, testbed
+from perfmodel import TESTBEDS, Load, PerfModel, Prediction, Profile, Roofline, find_testbed, fluid_limit, layer_ms
 from scheduler import MAX_WAIT, STRATEGIES, Batch, Request, Scheduler
 
 DATA = Path(__file__).resolve().parent.parent / "shared" / "data"
@@ -909,7 +909,7 @@ def test_bench_survives_ctrl_c(tmp_path, monkeypatch, capsys):
 def test_drawn_lengths_meet_the_published_figures(name):
     for want in bench.FIGURES[name]:
         mean, p50, p90, p99, top, least = want
-        x = np.array(bench.draw_lengths(figures, 200_000, np.random.default_rng(0)))
+        x = np.array(bench.draw_lengths(want, 200_000, np.random.default_rng(0)))
         assert x.mean() == pytest.approx(mean, rel=0.02) and x.max() <= top and x.min() >= least
         for share, value in ((0.5, p50), (0.9, p90), (0.99, p99)):
             assert (x < value).mean() <= share + 0.005 and (x <= value).mean() >= share - 0.005
@@ -953,7 +953,7 @@ def test_bench_rejects_bad_flags():
 
 def simulated(strategy, requests, bed="t4", model="llama-7b", **kwargs):
     """Serve (tokens in, out) requests, all at once, on a simulated testbed; (LLM, bench result)."""
-    llm = LLM(model, strategy, simulate=testbed(bed) if isinstance(bed, str) else bed,
+    llm = LLM(model, strategy, simulate=find_testbed(bed) if isinstance(bed, str) else bed,
               **{"gpu_blocks": 54, "cpu_mem": 18.0, "max_model_len": 832, "max_batch_tokens": 832} | kwargs)
     ins, outs = zip(*requests)
     work = bench.Workload([[0] * n for n in ins], list(outs), [0.0] * len(ins), "test", 0)
@@ -962,7 +962,7 @@ def simulated(strategy, requests, bed="t4", model="llama-7b", **kwargs):
 
 def test_virtual_clock_by_hand():
     """One prompt of 100 tokens, then decodes, on round numbers: 1 TFLOP/s, 1 GB/s, no launches; 3 ms an iteration."""
-    bed = dataclasses.replace(testbed("t4"), tflops=1, gpu_bw=1, compute_eff=1, memory_eff=1, launch_us=0, cpu_launch_us=0,
+    bed = dataclasses.replace(find_testbed("t4"), tflops=1, gpu_bw=1, compute_eff=1, memory_eff=1, launch_us=0, cpu_launch_us=0,
                               host_ms=3, pcie_bw=2, cpu_bw=4)
     cfg = PRESETS["tiny"]
     E, F, V, L, D = cfg.n_embd, cfg.n_ffn, cfg.vocab_size, cfg.n_layer, cfg.n_head * cfg.head_dim
@@ -1023,10 +1023,10 @@ def test_simulated_strategies_in_easy_corners():
     requests = [(300 + 7 * i % 100, 30 + i % 20) for i in range(80)]
     rate = lambda s, bed="t4", **kw: simulated(s, requests, bed, **kw)[1]["output_throughput"]
     base = rate("gpu-only")
-    fast = testbed("t4", cpu_bw=1e6, pcie_bw=1e6, cpu_launch_us=0)
+    fast = find_testbed("t4", cpu_bw=1e6, pcie_bw=1e6, cpu_launch_us=0)
     assert rate("neo", fast) > 4 * base and rate("symmetric", fast) > 3 * base
-    assert rate("neo", testbed("t4", cpu_bw=1e-6)) == pytest.approx(base, rel=1e-9)
-    big, roomy = testbed("t4", gpu_gb=200), dict(gpu_blocks=3000)
+    assert rate("neo", find_testbed("t4", cpu_bw=1e-6)) == pytest.approx(base, rel=1e-9)
+    big, roomy = find_testbed("t4", gpu_gb=200), dict(gpu_blocks=3000)
     assert rate("neo", big, **roomy) == pytest.approx(rate("gpu-only", big, **roomy), rel=1e-9)
 
 
@@ -1057,7 +1057,7 @@ def test_nobody_starves_in_the_cpu_tier_of_a_simulation():
 
 def test_fluid_limit_by_hand():
     """Memory-bound, then compute-bound: numbers that a pencil checks."""
-    perf = Roofline(testbed("t4", compute_eff=1, memory_eff=1), PRESETS["llama-7b"])
+    perf = Roofline(find_testbed("t4", compute_eff=1, memory_eff=1), PRESETS["llama-7b"])
     t, W = perf.token_bytes * 32, (32 * perf.params + perf.embed) * 2 / 320e9
     rate, binds = fluid_limit(perf, [(400, 101)], 900, 0)
     K = 100 * 450.5                                                        # tokens x iterations of a request
@@ -1084,7 +1084,7 @@ def test_testbeds_hold_their_documented_numbers():
     for kwargs, message in ((dict(cpu_bw=0), "cpu_bw = 0 must be positive"), (dict(memory_eff=1.2), "memory_eff = 1.2"),
                             (dict(launch_us=-1), "launch_us"), (dict(tp=0), "tp = 0")):
         with pytest.raises(ValueError, match=message):
-            testbed("t4", **kwargs)
+            find_testbed("t4", **kwargs)
 
 
 def test_bench_simulates_the_same_twice(tmp_path, capsys):
