@@ -3,6 +3,8 @@
     python bench.py                                   llama-160m, under a minute on a laptop
     python bench.py --model llama-7b                  the main job, on a CUDA GPU or without one
     python bench.py --dataset-name osc --dataset-path osc_lengths.json --request-rate 2 --save-result
+    python bench.py --model llama-8b --simulate g5.4xlarge --input-len 1000 --output-len 200      on a virtual clock
+    python bench.py --figure 10a --plot 10a.png       the paper's experiments, simulated (figures.py)
 
 A card first (what runs where, with what KV budget), then every strategy with a progress bar, a table, and one sentence.
 Metrics have the names and meanings of vLLM's serving benchmark. Knows nothing of the engine beyond LLM.
