@@ -124,6 +124,11 @@ def draw_requests(args, n, input_len, output_len, rng):
     return [pairs[i][0] for i in chosen], [pairs[i][1] for i in chosen], f"{name}, {n} of {len(pairs)} in {path}"
 
 
+def draw_arrivals(rate, n, rng):
+    """Seconds at which n requests arrive: a Poisson process of `rate` per second, or all at once."""
+    return [0.0] * n if math.isinf(rate) else rng.exponential(1 / rate, n).cumsum().tolist()
+
+
 def fit_requests(ins, outs, limit):
     """Shorten requests to `limit` tokens, the output to no less than half of it; (ins, outs, how many)."""
     length = lambda x: x if isinstance(x, int) else len(x)
@@ -224,11 +229,10 @@ def table(results):
     """Strategies side by side."""
     cell = lambda value, factor, form: "-" if value is None else format(factor * value, form)
     lines = [f"{'':28s}" + "".join(f"{name:>14s}" for name in results)]
-    for key, label, factor, form in ROWS:
+    fluid = all("fluid_share" in r for r in results.values())
+    for key, label, factor, form in ROWS + (FLUID_ROWS if fluid else ()):
         lines.append(f"{label:28s}" + "".join(f"{cell(r[key], factor, form):>14s}" for r in results.values()))
-    if all("fluid_share" in r for r in results.values()):
-        for key, label, factor, form in FLUID_ROWS:
-            lines.append(f"{label:28s}" + "".join(f"{cell(r[key], factor, form):>14s}" for r in results.values()))
+    if fluid:
         lines += [f"  {name} is bound by {r['fluid_binds']}" for name, r in results.items()]
     if any(r["rounds"] > 1 for r in results.values()):
         spread = (f"{r['output_throughput_min']:.2f}-{r['output_throughput_max']:.2f}" for r in results.values())
@@ -276,6 +280,15 @@ def write_trace(path, trace):
                        "tid": 1 if lane == "gpu" else 2, "ts": 1e6 * (start - zero), "dur": 1e6 * (end - start),
                        "args": {"layer": layer, "sub_batch": "AB"[index]}})
     Path(path).write_text(json.dumps({"traceEvents": events}))
+
+
+def try_plot(write, path, *args):
+    """write(path, *args), or say what it takes."""
+    try:
+        write(path, *args)
+        print(f"plot: {path}")
+    except ImportError:
+        print("no plot: pip install matplotlib", file=sys.stderr)
 
 
 def write_plot(path, results, title):
@@ -352,7 +365,7 @@ def prepare(args):
     ins, outs, more = fit_requests(ins, outs, min(limits))
     draw = (lambda i: [0] * i) if args.simulate else lambda i: rng.integers(cfg.vocab_size, size=i).tolist()
     prompts = [draw(i) if isinstance(i, int) else i for i in ins]
-    arrivals = [0.0] * n if math.isinf(args.request_rate) else rng.exponential(1 / args.request_rate, n).cumsum().tolist()
+    arrivals = draw_arrivals(args.request_rate, n, rng)
     for s in () if args.simulate else strategies:
         llm.reset(s)
         llm.generate([prompts[0][:8]], SamplingParams(max_tokens=2, ignore_eos=True))
@@ -414,11 +427,7 @@ def main(argv=None):
         write_trace(args.timeline, trace)
         print(f"timeline: {args.timeline} (open in ui.perfetto.dev)")
     if args.plot:
-        try:
-            write_plot(args.plot, results, f"{args.model}, {work.source}")
-            print(f"plot: {args.plot}")
-        except ImportError:
-            print("no plot: pip install matplotlib", file=sys.stderr)
+        try_plot(write_plot, args.plot, results, f"{args.model}, {work.source}")
     if any(r["interrupted"] for r in results.values()):
         sys.exit(130)
 

@@ -316,7 +316,7 @@ def dot_item(q, k_cache, v_cache, blocks, n, scale, T, qb, s, p, o, m, l):
 def read_all(typingctx, at, nbytes):
     """Read nbytes (a multiple of 512) from an address at full speed; returns a sum, so that nothing is left out."""
     def body(ctx, b, sig, args):
-        acc = [cgutils.alloca_once_value(b, constant(0, I32x16)) for _ in range(8)]
+        acc = [variable(b, constant(0, I32x16)) for _ in range(8)]
         with loop(b, args[1], 512) as (i, _):
             for u, slot in enumerate(acc):
                 line = address(b, args[0], i, 64 * u)

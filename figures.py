@@ -24,7 +24,7 @@ import bench
 from checkpoint import load_config
 from neo import LLM
 from perfmodel import find_testbed
-from startup import GIB
+from startup import BLOCK_SIZE, GIB
 
 # Figure 6c: seconds per token at request rates; T4, Llama-2-7B, OSC
 PAPER_6C = {"neo": {0.5: 0.11, 1.5: 0.18, 2.5: 0.28, 3.1: 0.42, 3.3: 0.54, 3.5: 1.03, 3.7: 1.53},
@@ -58,11 +58,10 @@ def point(spec):
     longest = max(map(sum, zip(ins, outs)))
     if share:
         mean = statistics.fmean(i + o / 2 for i, o in zip(ins, outs))
-        spec["gpu_blocks"] = max(math.ceil(share * GRID_RESIDENT * mean / 16), math.ceil(longest / 16))
-        spec["simulate"] = find_testbed(spec["simulate"], gpu_gb=2048, host_gb=2048)    # the budget is the subject, not what fits
+        spec["gpu_blocks"] = math.ceil(max(share * GRID_RESIDENT * mean, longest) / BLOCK_SIZE)
+        spec["simulate"] = find_testbed(spec["simulate"], gpu_gb=2048, host_gb=2048)    # the subject is not what fits
     llm = LLM(spec.pop("model"), strategy, max_model_len=longest, **spec)
-    arrivals = [0.0] * n if math.isinf(rate) else rng.exponential(1 / rate, n).cumsum().tolist()
-    work = bench.Workload([[0] * i for i in ins], outs, arrivals, source, clipped)
+    work = bench.Workload([[0] * i for i in ins], outs, bench.draw_arrivals(rate, n, rng), source, clipped)
     return bench.serve(llm, strategy, work, quiet=True)[0]
 
 
@@ -211,9 +210,5 @@ def main(args):
             "results": {", ".join(map(str, k)): {x: r[x] for x in keep} for k, r in results.items()}}, indent=1) + "\n")
         print(f"result: {path}")
     if args.plot:
-        try:
-            plot(args.plot, args.figure, curves, axes)
-            print(f"plot: {args.plot}")
-        except ImportError:
-            print("no plot: pip install matplotlib", file=sys.stderr)
+        bench.try_plot(plot, args.plot, args.figure, curves, axes)
     return 0

@@ -356,18 +356,19 @@ class LLM:
     def describe(self):
         """What was chosen, a line each."""
         cfg, budget, bed, cpu = self.cfg, self.budget, self.testbed, self.device.type == "cpu"
+        simulated = isinstance(self.model, SimulatedModel)
         if bed:
             device = (f"simulated {bed.name}: {bed.tp} x {bed.gpu}, {bed.tflops:g} TFLOP/s x {bed.compute_eff:g}, "
                       f"{bed.gpu_bw:g} GB/s x {bed.memory_eff:g}; PCIe {bed.pcie_bw:g} GB/s; host {bed.cores} cores, "
                       f"{bed.host_gb:g} GiB, {bed.cpu_bw:g} GB/s. Not a measurement")
-        elif isinstance(self.model, SimulatedModel):
+        elif simulated:
             device = "simulated from a measured profile"
         else:
             name = device_name(self.device)
             device = f"CPU ({name}); a thread plays the GPU: an emulation, not a GPU" if cpu else name
-        how = ("no weights" if isinstance(self.model, SimulatedModel) else
+        how = ("no weights" if simulated else
                f"{'random weights' if self.model.random_weights else 'checkpoint'}, ready in {self.load_seconds:.1f} s")
-        threads = ("none" if isinstance(self.model, SimulatedModel) else
+        threads = ("none" if simulated else
                    f"{f'{self.gpu_threads} as the GPU, ' if cpu else ''}{self.cpu_threads} for CPU attention")
         tiers = ", ".join(f"{tier.upper()} {n * budget.block_size} tokens ({fmt_gib(n * budget.block_bytes)})"
                           for tier, n in budget.num_blocks.items())
@@ -406,6 +407,11 @@ def sample(logits, outs):
 
 # ------------------------------------------------------------------------------------------------------- command line
 
+ENGINE_ARGS = ("device", "dtype", "gpu_mem", "gpu_blocks", "cpu_mem", "block_size", "max_model_len", "max_batch_tokens",
+               "gpu_threads", "cpu_threads", "seed")
+TESTBED_NUMBERS = fields(Testbed)[2:]          # all but its name and its GPU's
+
+
 def add_engine_args(parser):
     """The flags that neo.py and bench.py share: LLM's arguments."""
     parser.add_argument("--device", default="auto", help="auto, cuda, cpu (a thread plays the GPU)")
@@ -422,21 +428,17 @@ def add_engine_args(parser):
     parser.add_argument("--simulate", metavar="TESTBED", help=f"run on a virtual clock: {', '.join(TESTBEDS)}; "
                         "bench.py also: self, this machine from its measured profile, beside the real run")
     group = parser.add_argument_group("numbers of a simulated testbed", "in place of the preset's; units: perfmodel.Testbed")
-    for f in fields(Testbed)[2:]:
+    for f in TESTBED_NUMBERS:
         group.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, metavar="X")
 
 
 def engine_args(args):
     """Parsed flags -> LLM's arguments, the numbers of a simulated testbed folded into `simulate`. Raises ValueError."""
-    numbers = {f.name: getattr(args, f.name) for f in fields(Testbed)[2:] if getattr(args, f.name) is not None}
+    numbers = {f.name: getattr(args, f.name) for f in TESTBED_NUMBERS if getattr(args, f.name) is not None}
     if numbers and not args.simulate:
         raise ValueError(f"--{next(iter(numbers)).replace('_', '-')} changes a simulated testbed: add --simulate TESTBED")
     return {k: getattr(args, k) for k in ENGINE_ARGS} | {
         "simulate": find_testbed(args.simulate, **numbers) if args.simulate else None}
-
-
-ENGINE_ARGS = ("device", "dtype", "gpu_mem", "gpu_blocks", "cpu_mem", "block_size", "max_model_len", "max_batch_tokens",
-               "gpu_threads", "cpu_threads", "seed")
 
 
 def main(argv=None):

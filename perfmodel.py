@@ -266,8 +266,6 @@ class Roofline(PerfModel):
 
 class SimulatedModel:
     """Takes model.Model's place: runs nothing, advances a virtual clock by what `perf` says, samples token 0."""
-    random_weights = True
-
     def __init__(self, perf):
         self.perf, self.now, self.records, self.swapped = perf, 0.0, [], 0
 
@@ -321,12 +319,11 @@ def fluid_limit(perf, lengths, gpu_tokens, cpu_tokens):
     rows = sum(i + o - 1 for i, o in lengths) / n
     K = sum((o - 1) * (i + o / 2) for i, o in lengths) / n
     head = 2 * perf.embed * sum(o for _, o in lengths) / n / perf.flops
-    attention = perf.prefill([1]) * sum(i * i for i, _ in lengths) / n
+    attention = perf.prefill([i for i, _ in lengths]) / n
     C = (perf.n_layer * (2 * perf.params * rows / perf.flops + attention) + head) / 1e3
     W = (perf.n_layer * perf.params + perf.embed) * perf.itemsize / perf.bandwidth / 1e3
-    kv_gpu, kv_cpu = K * t / perf.bandwidth / 1e3, K * t / (perf.bed.cpu_bw * 1e9)
-    X = (sum(i for i, _ in lengths) / n * t + sum(o - 1 for _, o in lengths) / n * perf.row_bytes * perf.n_layer) / (
-        perf.bed.pcie_bw * 1e9)
+    kv_gpu, kv_cpu = perf.n_layer * perf.gpu_decode(K) / 1e3, K * t / (perf.bed.cpu_bw * 1e9)
+    X = perf.transfer(sum(i * t + (o - 1) * perf.row_bytes * perf.n_layer for i, o in lengths) / n) / 1e3
     if not K:                                  # one token each: nothing is ever decoded
         return 1 / C, ["GPU compute"]
 

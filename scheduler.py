@@ -354,24 +354,25 @@ class Neo:
 
         gpu = s.decodes("gpu")
         cpu = sorted(s.decodes("cpu"), key=lambda r: (r.moved, r.arrival))
-        due = self._due(s, gpu, cpu)
         shapes = _Shapes(s.perf, plan.prefill, gpu, cpu)
+        due = self._due(s, shapes)
         n, b = max(shapes.candidates(due), key=lambda shape: shapes.rate(*shape))
         self._learn(shapes, n, b)
         return [Batch(plan.prefill, gpu, cpu[b:n]), Batch(cpu=cpu[:b])]
 
-    def _due(self, s, gpu, cpu):
-        """How many of `cpu`, the longest waiting first, must move now, so that all move within MAX_WAIT iterations even if
+    def _due(self, s, shapes):
+        """How many CPU decodes, the longest waiting first, must move now, so that all move within MAX_WAIT iterations even if
         no prompt comes: those due within t iterations, less what t iterations of decodes hide."""
-        if not cpu:
+        n = len(shapes.cpu)
+        if not n:
             return 0
-        later = Counter(max(0, MAX_WAIT + r.moved - s.iteration) for r in cpu)
-        a = s.perf.load(len(gpu) or 1, gpu_kv=sum(r.num_tokens for r in gpu))
-        step = self._hidden(s.perf, sum(r.num_tokens for r in cpu) / len(cpu), a.linear + a.gpu + s.perf.load(1).linear)
+        later = Counter(max(0, MAX_WAIT + r.moved - s.iteration) for r in shapes.cpu)
+        a = s.perf.load(shapes.decode_rows or 1, gpu_kv=shapes.fixed["gpu_kv"])
+        step = self._hidden(s.perf, shapes.kv[n] / n, a.linear + a.gpu + s.perf.load(1).linear)
         return max(n - step * t for t, n in enumerate(accumulate(later[t] for t in range(MAX_WAIT + 1))))
 
     def _learn(self, shapes, n, b):
-        prompts, alone, gpu = sum(shapes.fixed["prompts"]), shapes.prompts_ms(), shapes.ms(0, 0)
+        prompts, alone, gpu = shapes.rows - shapes.decode_rows, shapes.prompts_ms(), shapes.ms(0, 0)
         for name, new in (("gpu_tokens", shapes.decode_rows), ("gpu_ms", gpu - alone), ("cpu_tokens", n),
                           ("cpu_ms", shapes.ms(n, b) - gpu), ("prompt_tokens", prompts or self.prompt_tokens),
                           ("prompt_share", prompts > 0)):
