@@ -11,6 +11,7 @@ A sequence's KV lies wholly in one tier at a time, in blocks of `block_size` tok
 Knows nothing of text, policy or model maths. Glossary of symbols: model.py.
 """
 import mmap
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,31 +24,29 @@ STAGE_BYTES = 64 << 20  # pinned staging buffer for swaps on CUDA: large enough 
 
 @dataclass
 class Inputs:
-    """One sub-batch as tensors. Rows are [prefill (CPU-bound prompts first) | GPU decode | CPU decode].
+    """One sub-batch as tensors. Rows are [prefill (CPU-bound prompts first) | GPU decode | CPU decode], each kind of decode
+    rows followed by rows of padding, if any (token 0, slot -1, length 0).
 
-    Set by KVCache.bind; the working tensors at the end by the model, layer by layer.
+    Set by KVCache.bind; the working tensors at the end by the model.
     """
     index: int                  # 0 or 1: which of the two sub-batches
-    tokens: torch.Tensor        # [N] int64, device
-    positions: torch.Tensor     # [N] int64, device
-    last: torch.Tensor          # [S] int64, device: the rows that get sampled, one per request, in row order
+    tokens: torch.Tensor        # [N] int32, device
+    positions: torch.Tensor     # [N] int32, device
+    last: torch.Tensor          # [S] int32, device: the rows that get sampled, one per request, in row order
     prefill_lens: list          # rows of each prompt
     num_stored: int             # the first rows, prompts bound for the CPU tier
     num_prefill: int            # all prompt rows
-    num_gpu: int                # GPU decode rows
-    num_cpu: int                # CPU decode rows, the last ones
-    gpu_slots: torch.Tensor     # [rows of the GPU tier] int64, device: block * bs + offset
+    num_gpu: int                # GPU decode rows, padding included
+    num_cpu: int                # CPU decode rows, padding not included
+    gpu_slots: torch.Tensor     # [prefill rows of the GPU tier + num_gpu] int32, device: block * bs + offset
     gpu_table: torch.Tensor     # [num_gpu, blocks] int32, device
     gpu_lens: torch.Tensor      # [num_gpu] int32, device, new token included
     cpu_slots: np.ndarray       # [num_stored + num_cpu] int64
     cpu_table: np.ndarray       # [num_cpu, blocks] int32
     cpu_lens: np.ndarray        # [num_cpu] int32, new token included
     x: torch.Tensor = None      # [N, E] hidden state
-    q: torch.Tensor = None      # [N, H, D]
-    k: torch.Tensor = None      # [N, Hkv, D]
-    v: torch.Tensor = None      # [N, Hkv, D]
+    qkv: torch.Tensor = None    # [N, H + 2 Hkv, D] queries, keys and values of the layer at hand
     o: torch.Tensor = None      # [N, H, D] attention output
-    rope: tuple = None          # cos, sin [N, 1, D/2] of the rows' positions
     logits: torch.Tensor = None  # [S, V] float32, after the last layer
 
     @property
@@ -113,7 +112,8 @@ class KVCache:
         self.sequences = {}                                                  # request id -> Sequence
         self.table = np.zeros((16, -(-max_len // block_size)), np.int32)     # a row per resident request
         self.free_rows = list(range(15, -1, -1))
-        self.stage = None
+        self.mover, self.moves = ThreadPoolExecutor(1, "mover"), []           # (layer, its copy) of the swaps at hand
+        self.stream = self.stage = None                                      # of the copies, on CUDA
 
     def reserve(self, request_id, tier, num_tokens):
         """Make the request's blocks, in `tier`, hold num_tokens."""
@@ -136,7 +136,8 @@ class KVCache:
             self.free_rows.append(seq.row)
 
     def swap(self, request_ids, tier):
-        """Move requests to `tier`, copying their blocks in one go."""
+        """Move requests to `tier`. The books change now, the copies follow layer by layer on a thread of their own, hidden
+        behind the layers before: see `ready`."""
         src_ids, dst_ids = [], []
         src, dst = (self.cpu, self.gpu) if tier == "gpu" else (self.gpu, self.cpu)
         for request_id in request_ids:
@@ -148,65 +149,105 @@ class KVCache:
             src.free += seq.blocks[::-1]
             seq.blocks, seq.tier = new, tier
             self.table[seq.row, :len(new)] = new
-        for a, b in ((src.k, dst.k), (src.v, dst.v)):
-            self._copy(a, torch.tensor(src_ids), b, torch.tensor(dst_ids))
         self.swapped_blocks += len(src_ids)
-
-    def _copy(self, src, src_ids, dst, dst_ids):
-        if src.is_meta:
+        if src.k.is_meta:
             return
-        if src.device == dst.device:
-            dst[:, dst_ids] = src[:, src_ids]
-            return
-        if self.stage is None:
-            self.stage = torch.empty(max(STAGE_BYTES, src[:, 0].nbytes), dtype=torch.uint8, pin_memory=True)
-        step = self.stage.nbytes // src[:, 0].nbytes                         # blocks per trip through the buffer
-        for i in range(0, len(src_ids), step):
-            s, d = src_ids[i:i + step].to(src.device), dst_ids[i:i + step].to(dst.device)
-            stage = self.stage[:len(s) * src[:, 0].nbytes].view(src.dtype).view(src.shape[0], len(s), *src.shape[2:])
-            if src.device.type == "cuda":
-                stage.copy_(src.index_select(1, s))
-                dst.index_copy_(1, d, stage)
-            else:
-                torch.index_select(src, 1, s, out=stage)
-                dst.index_copy_(1, d, stage.to(dst.device))
+        if self.device.type == "cuda" and self.stream is None:
+            self.stream = torch.cuda.Stream()
+            self.stage = torch.empty(max(STAGE_BYTES, src.k[0, 0].nbytes), dtype=torch.uint8, pin_memory=True)
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream())
+        ids = torch.tensor(src_ids), torch.tensor(dst_ids)
+        for i in range(len(src.k)):
+            self.moves.append((i, self.mover.submit(self._move, (src.k[i], src.v[i]), (dst.k[i], dst.v[i]), *ids)))
 
-    def bind(self, batch, index=0):
+    def ready(self, layer):
+        """Wait until the blocks of a layer that are being swapped have arrived: call it before touching the layer's KV, as
+        others may own the blocks they left. Raises what went wrong with them."""
+        for i, move in self.moves:
+            if i <= layer:
+                move.result()
+
+    def settle(self):
+        """Wait until nothing is being swapped, whatever came of it."""
+        wait([move for _, move in self.moves])
+        self.moves.clear()
+
+    def _move(self, src, dst, src_ids, dst_ids):
+        """Copy blocks of one layer's K and V, on the mover's thread; done when it returns. On CUDA through the pinned staging
+        buffer, beside whatever the GPU computes."""
+        if not self.stream:
+            for a, b in zip(src, dst):
+                b[dst_ids] = a[src_ids]
+            return
+        with torch.cuda.stream(self.stream):
+            step = self.stage.nbytes // src[0][0].nbytes                     # blocks per trip through the buffer
+            for i in range(0, len(src_ids), step):
+                s, d = src_ids[i:i + step].to(src[0].device), dst_ids[i:i + step].to(dst[0].device)
+                stage = self.stage[:len(s) * src[0][0].nbytes].view(src[0].dtype).view(len(s), *src[0].shape[1:])
+                for a, b in zip(src, dst):
+                    if a.is_cuda:
+                        stage.copy_(a.index_select(0, s), non_blocking=True)
+                        self.stream.synchronize()
+                        b.index_copy_(0, d, stage)
+                    else:
+                        torch.index_select(a, 0, s, out=stage)
+                        b.index_copy_(0, d, stage.to(b.device, non_blocking=True))
+                        self.stream.synchronize()
+
+    def bind(self, batch, index=0, bucket=lambda num_gpu, num_cpu: (num_gpu, num_cpu)):
         """Reserve the slots of a scheduler.Batch and return its Inputs. Every request: `num_kv` tokens are in the
-        cache, the rest of its tokens (all of a prompt, one of a decode) are this iteration's rows."""
-        bs, dev = self.block_size, self.device
+        cache, the rest of its tokens (all of a prompt, one of a decode) are this iteration's rows.
+
+        bucket  numbers of GPU and of CPU decode rows -> numbers they are padded to; asked where there are no prompts
+        """
+        bs, n_prompts, n_gpu, n_cpu = self.block_size, len(batch.prefill), len(batch.gpu), len(batch.cpu)
         requests = batch.prefill + batch.gpu + batch.cpu
         prefill_lens = [r.num_tokens for r in batch.prefill]
-        num_prefill = sum(prefill_lens)
         tokens = [t for r in batch.prefill for t in r.tokens()] + [r.last_token for r in batch.gpu + batch.cpu]
         for r in requests:
             self.reserve(r.id, r.tier, r.num_tokens)
-        rows = np.array([self.sequences[r.id].row for r in requests], np.int64)
+        seq_rows = np.array([self.sequences[r.id].row for r in requests], np.int64)
         starts = np.array([r.num_kv for r in requests], np.int64)
-        counts = np.array(prefill_lens + [1] * (len(requests) - len(prefill_lens)), np.int64)
+        counts = np.array(prefill_lens + [1] * (n_gpu + n_cpu), np.int64)
         ends = counts.cumsum()                                               # rows of request j: ends[j] - counts[j] ..
-        owner = np.repeat(np.arange(len(requests)), counts)                  # [N] which request a row belongs to
+        owner = np.repeat(np.arange(len(requests)), counts)                  # which request a row belongs to
         positions = np.arange(len(owner)) - (ends - counts)[owner] + starts[owner]
-        slots = self.table[rows[owner], positions // bs].astype(np.int64) * bs + positions % bs
+        slots = self.table[seq_rows[owner], positions // bs].astype(np.int64) * bs + positions % bs
         lens = (starts + counts).astype(np.int32)
 
         n_stored = sum(r.tier == "cpu" for r in batch.prefill)
         assert all(r.tier == "cpu" for r in batch.prefill[:n_stored]), "prompts bound for the CPU tier come first"
-        stored, n_gpu, n_cpu = sum(prefill_lens[:n_stored]), len(batch.gpu), len(batch.cpu)
-        gpu_rows = slice(len(batch.prefill), len(batch.prefill) + n_gpu)
-        cpu_rows = slice(len(requests) - n_cpu, None)
+        stored, prompts, cpu_at = sum(prefill_lens[:n_stored]), sum(prefill_lens), len(tokens) - n_cpu
+        gpu_to, cpu_to = (n_gpu, n_cpu) if prompts else bucket(n_gpu, n_cpu)
 
-        def table(which):
-            width = -(-int(lens[which].max(initial=0)) // bs)
-            return self.table[rows[which], :width]
+        def table(first, n):
+            width = -(-int(lens[first:first + n].max(initial=0)) // bs)
+            return self.table[seq_rows[first:first + n], :width]
 
-        def device(x):
-            return torch.from_numpy(np.ascontiguousarray(x)).to(dev, non_blocking=True)
-        return Inputs(
-            index, device(np.array(tokens, np.int64)), device(positions), device(ends - 1), prefill_lens, stored,
-            num_prefill, n_gpu, n_cpu, device(slots[stored:len(slots) - n_cpu]), device(table(gpu_rows)),
-            device(lens[gpu_rows]), np.concatenate([slots[:stored], slots[len(slots) - n_cpu:]]), table(cpu_rows),
-            lens[cpu_rows])
+        def padded(x, fill=0):                                               # rows -> rows with padding
+            out = np.full(prompts + gpu_to + cpu_to, fill)
+            out[:cpu_at] = x[:cpu_at]
+            out[prompts + gpu_to:prompts + gpu_to + n_cpu] = x[cpu_at:]
+            return out
+        gpu_table = np.zeros((gpu_to, (used := table(n_prompts, n_gpu)).shape[1]), np.int32)
+        gpu_table[:n_gpu] = used
+        gpu_lens = np.zeros(gpu_to, np.int32)
+        gpu_lens[:n_gpu] = lens[n_prompts:n_prompts + n_gpu]
+        last = ends - 1
+        last[n_prompts + n_gpu:] += gpu_to - n_gpu
+        tokens, positions, last, gpu_slots, gpu_table, gpu_lens = self._to_device(
+            padded(np.array(tokens)), padded(positions), last, padded(slots, -1)[stored:prompts + gpu_to], gpu_table, gpu_lens)
+        return Inputs(index, tokens, positions, last, prefill_lens, stored, prompts, gpu_to, n_cpu, gpu_slots, gpu_table,
+                      gpu_lens, np.concatenate([slots[:stored], slots[cpu_at:]]), table(n_prompts + n_gpu, n_cpu),
+                      lens[n_prompts + n_gpu:])
+
+    def _to_device(self, *arrays):
+        """Integer arrays -> int32 tensors on the device, by one copy that nobody waits for."""
+        packed = torch.empty(sum(a.size for a in arrays), dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        packed.numpy()[:] = np.concatenate([a.ravel() for a in arrays])
+        there = packed.to(self.device, non_blocking=True).split([a.size for a in arrays])
+        return [t.view(a.shape) for t, a in zip(there, arrays)]
 
     def _new_row(self):
         if not self.free_rows:

@@ -18,7 +18,8 @@ import math
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,8 +28,9 @@ from tqdm import tqdm
 
 import cpu_attn
 from checkpoint import PRESETS, read_tensors
-from gpu_attn import BACKENDS, choose
 from kvcache import FORMATS, to_numpy, zeros
+
+MOST_CAPTURED = 512     # GPU or CPU decode rows of a captured sub-batch; beyond that launches cost little beside the work
 
 # ------------------------------------------------------------------------------------------------------- the queues
 
@@ -37,18 +39,24 @@ class ThreadQueue:
 
     def __init__(self, threads):
         self.pool = ThreadPoolExecutor(1, "gpu", initializer=self._start, initargs=(threads,))
-        self.pending, self.records, self.failed = [], [], False
+        self.pending, self.spans, self.failed = [], [], False
 
     @staticmethod
     def _start(threads):
         cpu_attn.set_threads(threads)           # thread-local: CPU attention on the main thread has its own number
         torch.set_num_threads(threads)
 
+    def begin(self):
+        """A new run: forget the records of the last one."""
+        self.spans = []
+
     def submit(self, fn, i, batch, *args):
         """Queue fn(i, batch, *args) and return at once with a handle for `wait`."""
         job = self.pool.submit(self._work, fn, i, batch, *args)
         self.pending.append(job)
         return job
+
+    send = fetch = submit                       # copies to the host and back: here there is no second engine for them
 
     @torch.inference_mode()                     # thread-local: the worker must enter it itself
     def _work(self, fn, i, batch, *args):
@@ -60,48 +68,96 @@ class ThreadQueue:
         except BaseException:
             self.failed = True
             raise
-        self.records.append(("gpu", fn.__name__, i, batch.index, start, time.perf_counter()))
+        self.spans.append(("gpu", fn.__name__, i, batch.index, start, time.perf_counter()))
 
     def wait(self, job):
         """Block until a submitted job is done; raises what it raised."""
         job.result()
 
     def drain(self):
-        """Wait for everything. Returns records (lane, stage, layer, sub-batch, start s, end s); raises the first error."""
-        pending, records, self.pending = self.pending, self.records, []
+        """Wait for everything and raise the first error."""
+        pending, self.pending = self.pending, []
         errors = [e for e in (job.exception() for job in pending) if e]
-        self.records, self.failed = [], False
+        self.failed = False
         if errors:
             raise errors[0]
-        return records
+
+    def records(self):
+        """(lane, stage, layer, sub-batch, start s, end s) of the run."""
+        return self.spans
+
+    def capture(self, calls):
+        """Nothing to capture: here a launch is a call."""
+        return calls
 
 
 class CudaQueue:
-    """The current CUDA stream: work is launched at once, `wait` is an event."""
+    """The current CUDA stream, and one for the copies each way. Work is launched at once; waiting is by events."""
 
     def __init__(self):
-        self.pending = []
+        self.out, self.back, self.side = (torch.cuda.Stream() for _ in range(3))
+        self.pool = torch.cuda.graph_pool_handle()
+        self.spans, self.spare = [], []         # (lane, stage, layer, sub-batch, start event, end event); events to reuse
 
-    def submit(self, fn, i, batch, *args):
-        if not self.pending:                    # ties the GPU's clock to the host's, once an iteration
-            torch.cuda.current_stream().synchronize()
-            self.base, self.base_time = torch.cuda.Event(enable_timing=True), time.perf_counter()
-            self.base.record()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+    def begin(self):
+        self.spare += [e for span in self.spans for e in span[4:]]
+        self.spans, self.base_time, self.base = [], time.perf_counter(), self._mark()
+
+    def _mark(self):
+        event = self.spare.pop() if self.spare else torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def submit(self, fn, i, batch, *args, lane="gpu"):
+        start = self._mark()
         fn(i, batch, *args)
-        end.record()
-        self.pending.append((fn.__name__, i, batch.index, start, end))
+        end = self._mark()
+        self.spans.append((lane, fn.__name__, i, batch.index, start, end))
         return end
+
+    def send(self, fn, i, batch):
+        """Copies to the host, behind what was submitted so far and beside what comes next; a handle for `wait`."""
+        self.out.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.out):
+            return self.submit(fn, i, batch, lane="copy")
+
+    def fetch(self, fn, i, batch):
+        """Copies from the host, beside what was submitted so far and before what comes next."""
+        with torch.cuda.stream(self.back):
+            self.submit(fn, i, batch, lane="copy")
+        torch.cuda.current_stream().wait_stream(self.back)
 
     def wait(self, event):
         event.synchronize()
 
     def drain(self):
-        torch.cuda.current_stream().synchronize()
-        pending, self.pending = self.pending, []
+        """Nothing to wait for: whatever uses a result is behind it on the stream."""
+
+    def records(self):
+        """As ThreadQueue's; waits for the GPU."""
+        if self.spans:
+            self.spans[-1][5].synchronize()
+            torch.cuda.current_stream().synchronize()
         at = lambda event: self.base_time + self.base.elapsed_time(event) / 1e3
-        return [("gpu", name, i, index, at(start), at(end)) for name, i, index, start, end in pending]
+        return [(*span[:4], at(span[4]), at(span[5])) for span in self.spans]
+
+    def capture(self, calls):
+        """Calls without arguments, their inputs and outputs in memory that stays -> replays of their captured kernels.
+        One pool serves the temporaries of all, as replays follow each other on one stream. By hand, as torch.cuda.graph
+        collects garbage and synchronises each time, and there are two captures a layer."""
+        replays = []
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self.side):
+            for call in calls:                  # kernels compiled, workspaces allocated
+                call()
+            for call in calls:
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                call()
+                graph.capture_end()
+                replays.append(graph.replay)
+        torch.cuda.synchronize()
+        return replays
 
 
 # --------------------------------------------------------------------------------------------------------- the model
@@ -140,24 +196,29 @@ class Model:
     dtype        torch dtype of weights, activations and KV
     max_len      longest sequence RoPE is tabulated for
     gpu_threads  cores of the emulated GPU (CPU device only);  cpu_threads  cores for CPU attention
+    gpu_attn     a back end of gpu_attn.py, chosen (gpu_attn.choose)
+    eager        launch every kernel by itself: no CUDA graphs
 
     Raises ValueError on a checkpoint with missing, extra or misshapen tensors, or unreadable files.
     """
 
-    def __init__(self, model, cfg, dtype, device, max_len, gpu_threads, cpu_threads, gpu_attn="auto", seed=0):
+    def __init__(self, model, cfg, dtype, device, max_len, gpu_threads, cpu_threads, gpu_attn, eager=False, seed=0):
         self.cfg, self.dtype, self.device, self.cpu_threads = cfg, dtype, device, cpu_threads
         self.gpu = CudaQueue() if device.type == "cuda" else ThreadQueue(gpu_threads)
-        self.attn = BACKENDS[choose(device) if gpu_attn == "auto" else gpu_attn]()
+        self.attn, self.max_len = gpu_attn, max_len
+        self.eager = eager or device.type == "cpu" or not gpu_attn.padded
+        self.ops = gpu_attn.ops or TorchOps
+        self.static, self.graphs = [], {}                      # memory of captured sub-batches; (index, rows) -> replays
         self.format = FORMATS[dtype]
         self.random_weights = model in PRESETS
         self.host = [HostBuffers(cfg, dtype, device.type == "cuda") for _ in range(2)]
-        self.records = []                                      # of the last run: who worked on what, when
+        self.cpu_spans = []
         self._allocate()
         if self.random_weights:
             self._randomise(seed)
         else:
             self._load(Path(model))
-        self.cos, self.sin = (t.to(device)[:, None] for t in rope_table(cfg, max_len))  # [max_len, 1, D/2] float32
+        self.cos, self.sin = (t.to(device) for t in rope_table(cfg, max_len))          # [max_len, D/2] float32
 
     def _allocate(self):
         c = self.cfg
@@ -225,48 +286,50 @@ class Model:
     # one layer = the second half of `linear(i)` and the first half of `linear(i + 1)`, with attention in between
 
     def linear(self, i, b):
-        """Finish layer i - 1 and start layer i of sub-batch b: sets b.q, b.k, b.v (and the host's copy for CPU rows),
-        or b.logits after the last layer."""
-        c, host = self.cfg, self.host[b.index]
-        N, n_cpu = len(b.tokens), b.num_cpu
+        """Finish layer i - 1 and start layer i of sub-batch b: updates b.x, sets b.qkv, or b.logits after the last layer."""
+        c, ops = self.cfg, self.ops
         if i == 0:
-            b.x = F.embedding(b.tokens, self.embed)                                    # [N, E]
-            b.rope = self.cos[b.positions], self.sin[b.positions]                      # [N, 1, D/2]
+            torch.index_select(self.embed, 0, b.tokens, out=b.x)                       # [N, E]
         else:
-            w, x, o = self.layers[i - 1], b.x, b.o
-            if n_cpu:
-                o[N - n_cpu:].copy_(host.o[:n_cpu], non_blocking=True)
+            w, x, o = self.layers[i - 1], b.x, b.o.flatten(1)
             if i == c.n_layer:
                 x, o = x[b.last], o[b.last]                                            # [S, .]: only these go on
-            x = x + F.linear(o.flatten(1), w.wo)
-            gate, up = F.linear(self._norm(x, w.ffn_norm), w.w_gate_up).chunk(2, -1)   # [N, F] each
-            b.x = x + F.linear(F.silu(gate).mul_(up), w.w_down)
-        if i == c.n_layer:
-            b.logits = F.linear(self._norm(b.x, self.norm), self.head).float()         # [S, V]
-            return
-        w, H, Hkv = self.layers[i], c.n_head, c.n_kv_head
-        qkv = F.linear(self._norm(b.x, w.attn_norm), w.wqkv).view(N, H + 2 * Hkv, c.head_dim)
-        b.q, b.k = rotate(qkv[:, :H + Hkv], *b.rope).split((H, Hkv), 1)
-        b.v = qkv[:, H + Hkv:]
-        b.o = torch.empty_like(b.q)
-        if b.host_rows:
-            host.fit(b.host_rows)
-            stored = b.num_stored
-            for dst, src in ((host.k, b.k), (host.v, b.v)):
-                dst[:stored].copy_(src[:stored], non_blocking=True)
-                dst[stored:b.host_rows].copy_(src[N - n_cpu:], non_blocking=True)
-            host.q[:n_cpu].copy_(b.q[N - n_cpu:], non_blocking=True)
+            x.addmm_(o, w.wo.t())
+            gate_up = F.linear(self._norm(x, w.ffn_norm), w.w_gate_up)                 # [N, 2 F]
+            x.addmm_(ops.swiglu(gate_up), w.w_down.t())
+            if i == c.n_layer:
+                b.logits = F.linear(self._norm(x, self.norm), self.head).float()       # [S, V]
+                return
+        w = self.layers[i]
+        torch.mm(self._norm(b.x, w.attn_norm), w.wqkv.t(), out=b.qkv.flatten(1))       # [N, (H + 2 Hkv) D]
+        ops.rotate_(b.qkv, self.cos, self.sin, b.positions, c.n_head + c.n_kv_head)
 
     def attend(self, i, b, kv):
         """Layer i's attention of prefill and GPU-decode rows, into b.o; new k and v into the GPU tier."""
-        scale, k, v = self.cfg.head_dim ** -0.5, kv.gpu.k[i], kv.gpu.v[i]
+        scale, k_cache, v_cache = self.cfg.head_dim ** -0.5, kv.gpu.k[i], kv.gpu.v[i]
+        (q, k, v), o = self._heads(b), b.o
         p, end = b.num_prefill, b.num_prefill + b.num_gpu
         if end > b.num_stored:
-            self.attn.store(b.k[b.num_stored:end], b.v[b.num_stored:end], k, v, b.gpu_slots)
+            self.attn.store(k[b.num_stored:end], v[b.num_stored:end], k_cache, v_cache, b.gpu_slots)
         if p:
-            self.attn.prefill(b.q[:p], b.k[:p], b.v[:p], b.prefill_lens, scale, b.o[:p])
+            self.attn.prefill(q[:p], k[:p], v[:p], b.prefill_lens, b.prefill_lens, scale, o[:p])
         if b.num_gpu:
-            self.attn.decode(b.q[p:end], k, v, b.gpu_table, b.gpu_lens, scale, b.o[p:end])
+            self.attn.decode(q[p:end], k_cache, v_cache, b.gpu_table, b.gpu_lens, scale, o[p:end])
+
+    def _heads(self, b):
+        """Views q [N, H, D] and k, v [N, Hkv, D] of b.qkv."""
+        return b.qkv.split((self.cfg.n_head, self.cfg.n_kv_head, self.cfg.n_kv_head), 1)
+
+    # CPU rows: to the host, attention there, and back
+
+    def send(self, i, b):
+        """q, k, v of layer i's CPU rows -> host memory."""
+        host, stored, (q, k, v) = self.host[b.index], b.num_stored, self._heads(b)
+        rows = slice(b.num_prefill + b.num_gpu, b.num_prefill + b.num_gpu + b.num_cpu)
+        host.q[:b.num_cpu].copy_(q[rows], non_blocking=True)
+        for dst, src in ((host.k, k), (host.v, v)):
+            dst[:stored].copy_(src[:stored], non_blocking=True)
+            dst[stored:b.host_rows].copy_(src[rows], non_blocking=True)
 
     def cpu_attend(self, i, b, kv):
         """Layer i's CPU rows, on this thread and Numba's: k and v into the CPU tier, attention of the decode rows."""
@@ -276,26 +339,42 @@ class Model:
         if n:
             cpu_attn.paged_decode(host["q"][:n], k, v, b.cpu_table, b.cpu_lens, host["o"][:n],
                                   self.cfg.head_dim ** -0.5, self.format)
-        self.records.append(("cpu", "cpu_attend", i, b.index, start, time.perf_counter()))
+        self.cpu_spans.append(("cpu", "cpu_attend", i, b.index, start, time.perf_counter()))
+
+    def receive(self, i, b):
+        """Layer i's attention output of CPU-decode rows -> b.o."""
+        at = b.num_prefill + b.num_gpu
+        b.o[at:at + b.num_cpu].copy_(self.host[b.index].o[:b.num_cpu].to(self.device, non_blocking=True))
+
+    # the pass
 
     def forward(self, b, kv, depth):
         """One sub-batch through `depth` layers and the head; yields whenever the other sub-batch may take its turn."""
-        for i in range(depth + 1):
-            ready = self.gpu.submit(self.linear, i if i < depth else self.cfg.n_layer, b)
-            if i < depth:
-                self.gpu.submit(self.attend, i, b, kv)
+        gpu, last = self.gpu, self.cfg.n_layer
+        linear, attend = self.place(b, kv)
+        for i in range(depth):
+            gpu.submit(linear, i, b)
+            if b.host_rows:
+                ready = gpu.send(self.send, i, b)
+            kv.ready(i)
+            gpu.submit(attend, i, b, kv)
             yield
-            if i < depth and b.host_rows:
-                self.gpu.wait(ready)
+            if b.host_rows:
+                gpu.wait(ready)
                 self.cpu_attend(i, b, kv)
+                if b.num_cpu:
+                    gpu.fetch(self.receive, i, b)
+        gpu.submit(self.linear, last, b)
 
     @torch.inference_mode()
     def run(self, batches, kv, depth=None):
-        """Run one sub-batch (sequential) or two (pipelined): sets `logits` of each, and self.records.
+        """Run one sub-batch (sequential) or two (pipelined): sets `logits` of each. On CUDA it returns while the GPU is
+        still at work; whatever reads the logits waits for it.
 
         depth  stop after so many layers, for profiling; default all
         """
-        self.records = []
+        self.cpu_spans = []
+        self.gpu.begin()
         cpu_attn.set_threads(self.cpu_threads)
         turns = deque(self.forward(b, kv, depth or self.cfg.n_layer) for b in batches)
         try:
@@ -305,21 +384,99 @@ class Model:
                 else:
                     turns.rotate(-1)
         finally:
-            self.records += self.gpu.drain()                    # also when a stage failed: nothing may run on
+            kv.settle()
+            self.gpu.drain()                                    # also when a stage failed: nothing may run on
+
+    @property
+    def records(self):
+        """Who worked on what, when, in the last run: (lane "gpu", "cpu" or "copy", stage, layer, sub-batch, start s, end s).
+        Waits for the GPU."""
+        return self.gpu.records() + self.cpu_spans
+
+    # ---- where a sub-batch works: tensors of its own, or memory that captured launches know
+
+    def bucket(self, num_gpu, num_cpu):
+        """Decode rows -> rows that they are padded to, so that few captures serve all: the same where nothing is captured.
+        GPU rows alone go up in steps, eight to a power of two; beside CPU rows both in powers of two."""
+        if self.eager or max(num_gpu, num_cpu) > MOST_CAPTURED:
+            return num_gpu, num_cpu
+        def up(n, parts):
+            step = max(1, 2 ** (n - 1).bit_length() // parts)
+            return -(-n // step) * step if n else 0
+        return up(num_gpu, 1 if num_cpu else 8), up(num_cpu, 1)
+
+    def place(self, b, kv):
+        """Give b its working tensors; returns (linear, attend) to run it with."""
+        N, num_gpu = len(b.tokens), b.num_gpu
+        self.host[b.index].fit(b.host_rows)
+        if self.eager or b.num_prefill or max(num_gpu, N - num_gpu) > MOST_CAPTURED:
+            b.x, b.qkv, b.o = self._working(N)
+            return self.linear, self.attend
+        if not self.static:
+            self.reserve(kv.table.shape[1])
+        integers, (x, qkv, o) = self.static[b.index]
+        tokens, positions, slots, lens, table = integers
+        b.x, b.qkv, b.o = x[:N], qkv[:N], o[:N]
+        key = b.index, num_gpu, N
+        if key not in self.graphs:
+            slots.fill_(-1), lens.zero_()                       # what is captured runs once or twice, on nobody's behalf
+            there = replace(b, tokens=tokens[:N], positions=positions[:N], gpu_slots=slots[:num_gpu], gpu_lens=lens[:num_gpu],
+                            gpu_table=table[:num_gpu])
+            self.graphs[key] = self.gpu.capture([partial(stage, i, there, *kvs) for i in range(self.cfg.n_layer)
+                                                 for stage, kvs in ((self.linear, ()), (self.attend, (kv,)))])
+        replays = self.graphs[key]
+        for static, new in zip(integers, (b.tokens, b.positions, b.gpu_slots, b.gpu_lens)):
+            static[:len(new)].copy_(new)
+        table[:num_gpu, :b.gpu_table.shape[1]].copy_(b.gpu_table)
+
+        def linear(i, b):
+            replays[2 * i]()
+
+        def attend(i, b, kv):
+            replays[2 * i + 1]()
+        return linear, attend
+
+    def _working(self, N):
+        """x [N, E], qkv [N, H + 2 Hkv, D], o [N, H, D]."""
+        c = self.cfg
+        shapes = (c.n_embd,), (c.n_head + 2 * c.n_kv_head, c.head_dim), (c.n_head, c.head_dim)
+        return [torch.empty(N, *shape, dtype=self.dtype, device=self.device) for shape in shapes]
+
+    def reserve(self, width):
+        """Make the memory of captured sub-batches, for block tables of `width`: for each of the two (tokens, positions,
+        slots, lengths, block table) and the working tensors, of which a bucket takes the first rows."""
+        rows = 2 * MOST_CAPTURED
+        new = lambda *shape: torch.zeros(shape, dtype=torch.int32, device=self.device)
+        self.static = [([new(rows), new(rows), new(rows), new(rows), new(rows, width)],
+                        [t.zero_() for t in self._working(rows)]) for _ in range(2)]
 
     def attention(self, block_size):
         """Which attention runs in either tier, in words."""
         path = cpu_attn.fastest_path(self.format, self.cfg.head_dim, block_size)
-        return f"GPU tier: {type(self.attn).__name__}, CPU tier: Numba, {path} path"
+        launches = "" if self.device.type == "cpu" else ", launched one by one" if self.eager else ", decodes in CUDA graphs"
+        return f"GPU tier: {self.attn.describe()}{launches}; CPU tier: Numba, {path} path"
 
     def _norm(self, x, weight):
         return F.rms_norm(x, (self.cfg.n_embd,), weight, self.cfg.norm_eps)
 
 
-def rotate(x, cos, sin):
-    """RoPE on x [N, heads, D], the halves of a head as pairs (Hugging Face's layout); cos, sin [N, 1, D/2] float32."""
-    x1, x2 = x.chunk(2, -1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1).to(x.dtype)
+class TorchOps:
+    """What lies between the matrix products, in plain torch; gpu_kernels.py has the same in a kernel each."""
+
+    @staticmethod
+    def rotate_(qkv, cos, sin, positions, heads):
+        """RoPE in place on the first `heads` heads of qkv [N, ., D], the halves of a head as pairs (Hugging Face's layout);
+        cos, sin [max_len, D/2] float32, positions [N]."""
+        c, s = (table[positions][:, None] for table in (cos, sin))                     # [N, 1, D/2]
+        x = qkv[:, :heads]
+        a, b = x.chunk(2, -1)
+        x.copy_(torch.cat((a * c - b * s, b * c + a * s), -1))
+
+    @staticmethod
+    def swiglu(gate_up):
+        """[N, 2 F], gate and up side by side -> [N, F] = silu(gate) up."""
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate).mul_(up)
 
 
 def rope_table(cfg, max_len):

@@ -19,12 +19,15 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import load_config, load_tokenizer
+from gpu_attn import BACKENDS, choose
 from kvcache import KVCache
 from model import Model
 from perfmodel import TESTBEDS, Prediction, Profile, Roofline, SimulatedModel, Testbed, find_testbed
 from scheduler import STRATEGIES, Request, Scheduler
-from startup import BLOCK_SIZE, device_name, fmt_gib, plan_budget, profile_samples, resolve_device, resolve_dtype, \
+from startup import BLOCK_SIZE, device_name, fmt_gib, measure_gpu_blocks, plan_budget, profile_samples, resolve_device, resolve_dtype, \
     resolve_threads, warm_up
+
+DRAWN_AT_ONCE = 64      # rows sampled together: sorting a vocabulary takes 30 bytes of each row's every logit
 
 
 @dataclass
@@ -93,6 +96,8 @@ class LLM:
     max_model_len     longest prompt + output, in tokens; default what model and cache allow, at most 8192
     max_batch_tokens  prompt tokens per iteration; default 2048, or max_model_len if that is more
     gpu_threads       cores of the emulated GPU;  cpu_threads  cores for CPU attention
+    gpu_attn          attention on the GPU tier: auto, or a back end of gpu_attn.py (torch, numba, triton)
+    eager             launch every GPU kernel by itself, instead of capturing decodes in CUDA graphs
     simulate          a testbed's name (t4, g5.4xlarge, h100, ...), a perfmodel.Testbed, or an LLM whose measured profile to
                       run on: nothing is computed, a virtual clock runs, every token is 0
     seed              of random weights and of requests that bring none
@@ -102,7 +107,7 @@ class LLM:
 
     def __init__(self, model, strategy="neo", device="auto", dtype="auto", gpu_mem=None, gpu_blocks=None, cpu_mem=None,
                  block_size=None, max_model_len=None, max_batch_tokens=None, gpu_threads=None, cpu_threads=None,
-                 simulate=None, seed=0):
+                 simulate=None, seed=0, gpu_attn="auto", eager=False):
         self.name, self.seed = str(model), seed
         self.verbose, self.on_iteration = False, None    # print each iteration; called with (records, start, end)
         self.cfg = cfg = load_config(self.name)
@@ -116,14 +121,17 @@ class LLM:
         cores, self.gpu_threads, self.cpu_threads = resolve_threads(self.device, gpu_threads, cpu_threads)
         self.budget = budget = plan_budget(self.name, cfg, self.dtype, self.device, strategy, gpu_mem, gpu_blocks, cpu_mem,
                                            block_size, max_model_len, max_batch_tokens)
+        attn = choose(gpu_attn, self.device, self.dtype)
         self.tokenizer = load_tokenizer(self.name)
 
         started = time.perf_counter()
         torch.set_num_threads(cores)                                    # to fill the weights
         self.model = Model(self.name, cfg, self.dtype, self.device, budget.max_model_len, self.gpu_threads,
-                           self.cpu_threads, seed=seed)
+                           self.cpu_threads, attn, eager, seed)
         torch.set_num_threads(self.gpu_threads or cores)                # this thread samples while the GPU idles
         self.load_seconds = time.perf_counter() - started
+        if self.device.type == "cuda" and gpu_blocks is None:
+            budget.num_blocks["gpu"] = measure_gpu_blocks(self, gpu_mem, draw_some)
         self.kv = self._cache()
         self.clock, self.wait = time.perf_counter, time.sleep
         warm_up(self)
@@ -235,12 +243,12 @@ class LLM:
             for requests, tier in ((plan.swap_out, "cpu"), (plan.swap_in, "gpu")):
                 if requests:
                     self.kv.swap([r.id for r in requests], tier)
-            inputs = [self.kv.bind(b, i) for i, b in enumerate(plan.batches)]
+            inputs = [self.kv.bind(b, i, self.model.bucket) for i, b in enumerate(plan.batches)]
+            outs = [[self.outputs[r.id] for r in b.requests] for b in plan.batches]
             t1 = self.clock()
             self.model.run(inputs, self.kv)
-            t2 = self.clock()
-            outs = [[self.outputs[r.id] for r in b.requests] for b in plan.batches]
             tokens = [t for b, rows in zip(inputs, outs) for t in sample(b.logits, rows)]
+            t2 = self.clock()
             self.scheduler.commit(plan, tokens)
             outs = [out for rows in outs for out in rows]
             for out in outs:
@@ -387,28 +395,39 @@ def sample(logits, outs):
     uniform number from their own generator and invert the (truncated) distribution with it."""
     best = logits.argmax(-1) if logits.is_cuda else logits.numpy().argmax(-1)      # NumPy's is ten times torch's on a CPU
     tokens = best.tolist()
-    rows = [i for i, out in enumerate(outs) if out.params.temperature]
-    if not rows:
-        return tokens
+    drawn = [i for i, out in enumerate(outs) if out.params.temperature]
+    for at in range(0, len(drawn), DRAWN_AT_ONCE):
+        rows = drawn[at:at + DRAWN_AT_ONCE]
+        for i, token in zip(rows, _draw(logits[rows], [outs[i] for i in rows])):
+            tokens[i] = token
+    return tokens
+
+
+def draw_some(logits):
+    """Sample as many rows as are ever sampled together: for measuring what that takes."""
+    out = RequestOutput(None, [], SamplingParams(temperature=1.0), [], rng=random.Random(0))
+    return _draw(logits[:DRAWN_AT_ONCE], [out] * len(logits[:DRAWN_AT_ONCE]))
+
+
+def _draw(logits, outs):
+    """logits [R, V] -> R token ids, each by its output's own parameters and generator."""
     column = lambda values: torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
-    params = [outs[i].params for i in rows]
-    x, order = (logits[rows] / column([p.temperature for p in params])).sort(descending=True)     # [R, V] likeliest first
+    params = [out.params for out in outs]
+    x, order = (logits / column([p.temperature for p in params])).sort(descending=True)          # [R, V] likeliest first
     probs = x.softmax(-1)
     rank = torch.arange(x.shape[1], device=x.device)
     before = probs.cumsum(-1) - probs                                                            # mass of likelier ones
     keep = (rank < column([p.top_k or x.shape[1] for p in params])) & (before < column([p.top_p for p in params]))
     mass = (probs * keep).cumsum(-1)
-    u = column([outs[i].rng.random() for i in rows]) * mass[:, -1:]
+    u = column([out.rng.random() for out in outs]) * mass[:, -1:]
     pick = (mass <= u).sum(-1, keepdim=True).clamp(max=keep.sum(-1, keepdim=True) - 1)
-    for i, token in zip(rows, order.gather(1, pick)[:, 0].tolist()):
-        tokens[i] = token
-    return tokens
+    return order.gather(1, pick)[:, 0].tolist()
 
 
 # ------------------------------------------------------------------------------------------------------- command line
 
 ENGINE_ARGS = ("device", "dtype", "gpu_mem", "gpu_blocks", "cpu_mem", "block_size", "max_model_len", "max_batch_tokens",
-               "gpu_threads", "cpu_threads", "seed")
+               "gpu_threads", "cpu_threads", "gpu_attn", "eager", "seed")
 TESTBED_NUMBERS = fields(Testbed)[2:]          # all but its name and its GPU's
 
 
@@ -424,6 +443,8 @@ def add_engine_args(parser):
     parser.add_argument("--max-batch-tokens", type=int, metavar="N", help="prompt tokens per iteration")
     parser.add_argument("--gpu-threads", type=int, metavar="N", help="cores that play the GPU")
     parser.add_argument("--cpu-threads", type=int, metavar="N", help="cores for CPU attention")
+    parser.add_argument("--gpu-attn", default="auto", help=f"attention on the GPU tier: auto, {', '.join(BACKENDS)}")
+    parser.add_argument("--eager", action="store_true", help="launch every GPU kernel by itself: no CUDA graphs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--simulate", metavar="TESTBED", help=f"run on a virtual clock: {', '.join(TESTBEDS)}; "
                         "bench.py also: self, this machine from its measured profile, beside the real run")

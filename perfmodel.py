@@ -279,6 +279,9 @@ class SimulatedModel:
     def attention(self, block_size):
         return "none: a simulation"
 
+    def bucket(self, num_gpu, num_cpu):
+        return num_gpu, num_cpu
+
     def run(self, batches, kv):
         """One iteration of kvcache.Inputs: the swaps that preceded it, one block after the other, then the layers."""
         perf, start = self.perf, self.now

@@ -18,6 +18,7 @@ import numpy as np
 MAX_WAIT = 32         # iterations: a request in the CPU tier moves at least once in so many
 PACE = 256            # prompt tokens of an iteration, the last prompt whole: matrix products are bound by arithmetic long
 #                       before, so more at once saves nothing, while each iteration brings a decode but one token
+MAX_RUNNING = 512     # requests that hold KV: bounds the rows, and so the logits, of an iteration
 TRIAL = 256           # iterations after which decodes of the CPU tier must be worth their cost
 SLACK = 1.25          # residents of the CPU tier over what an iteration with prompts hides: somebody is always at hand
 SWAP_IN_MARK = 0.95   # share of GPU blocks that swapping in may fill
@@ -177,8 +178,8 @@ class Scheduler:
     def admit(self, plan, tiers, may=lambda tier, request: True):
         """Admit waiting prompts in order of arrival, each to the first of `tiers` that has room now, will have room
         for what it is expected to grow to, and that may(tier, request) allows; stop at the first that must wait."""
-        budget, pace = self.max_batch_tokens, PACE
-        while self.waiting and self.waiting[0].num_tokens <= budget and pace > 0 and not plan.preempted:
+        budget, pace, room = self.max_batch_tokens, PACE, MAX_RUNNING - sum(map(len, self.running.values()))
+        while self.waiting and self.waiting[0].num_tokens <= budget and pace > 0 and room > 0 and not plan.preempted:
             r = self.waiting[0]
             need = self._blocks(r.num_tokens)
             tier = next((t for t in tiers if need <= self.slack[t] and may(t, r) and self._lasts(t, r)), None)
@@ -189,6 +190,7 @@ class Scheduler:
             plan.prefill.append(r)
             budget -= r.num_tokens
             pace -= r.num_tokens
+            room -= 1
 
     def swap_in(self, plan):
         """Bring CPU-tier requests back to the GPU, the oldest first, while they fit below the mark."""

@@ -5,11 +5,13 @@ value, the limit and the way out.
 """
 import hashlib
 import json
+import math
 import os
 import platform
 import statistics
 import time
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +20,9 @@ from llvmlite import binding
 from tqdm import tqdm
 
 import cpu_attn
-from kvcache import FORMATS
+from kvcache import FORMATS, KVCache
 from perfmodel import load_profile, save_profile
-from scheduler import STRATEGIES, Batch, Request
+from scheduler import MAX_RUNNING, STRATEGIES, Batch, Request
 
 GIB = 1 << 30
 DTYPES = {name: dtype for dtype, name in FORMATS.items()}
@@ -28,10 +30,10 @@ BLOCK_SIZE = 16                # tokens per block, the paper's
 MAX_MODEL_LEN = 8192           # cap of the default; longer only if asked for
 MAX_BATCH_TOKENS = 2048        # default prompt tokens per iteration, at least max_model_len
 EMULATED_GPU_TOKENS = 2048     # default KV budget of the emulated GPU: small, as the point is a GPU short of memory
-CUDA_SHARE = 0.9               # of free GPU memory, by default
+CUDA_SHARE = 0.95              # of the GPU memory that weights leave free, for activations and KV; the rest is a reserve
 CPU_TIER_SHARE = 0.5           # of the host memory that is left, by default
 EMULATED_CPU_TIER = 4 * GIB    # at most so much of it where the GPU is emulated
-PROFILE_VERSION = 2            # of the measured profile: change it when what is measured changes
+PROFILE_VERSION = 3            # of the measured profile: change it when what is measured changes
 PROFILE_DIR = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "neo"
 
 
@@ -150,7 +152,7 @@ def plan_budget(name, cfg, dtype, device, strategy, gpu_mem=None, gpu_blocks=Non
                          "a smaller model, or lower --max-batch-tokens")
 
     if gpu_blocks is None and (gpu_mem is not None or on_cuda):
-        memory = CUDA_SHARE * free if gpu_mem is None else gpu_mem * GIB
+        memory = used + CUDA_SHARE * (free - used) if gpu_mem is None else gpu_mem * GIB
         gpu_blocks = int((memory - used) // block_bytes)
         if gpu_blocks < 1:
             raise ValueError(f"{what} leave no room for a KV block of {fmt_gib(block_bytes)} in a GPU memory of "
@@ -174,6 +176,62 @@ def plan_budget(name, cfg, dtype, device, strategy, gpu_mem=None, gpu_blocks=Non
         raise ValueError(f"max_model_len = {limit} tokens, but the KV budget of {strategy} holds {held} (its larger tier): "
                          "raise --gpu-mem, --gpu-blocks or --cpu-mem, or lower --max-model-len")
     return Budget(num_blocks, block_size, token_bytes, block_bytes, weight_bytes, limit, max_batch_tokens)
+
+
+def largest_batches(budget, kv):
+    """The sub-batches that take most memory: all prompt tokens of an iteration, in the longest prompts; and as many
+    decodes as may run, each over the longest sequence there can be (all of them the same block's)."""
+    def request(n, decode=False):
+        r = Request(("largest", len(kv.sequences)), [0] * n, 1, tier="gpu")
+        if decode:
+            r.output, r.num_kv = [0], n
+        return r
+    whole, rest = divmod(budget.max_batch_tokens, budget.max_model_len)
+    prompts = [request(n) for n in whole * [budget.max_model_len] + [rest] * (rest > 0)]
+    yield kv.bind(Batch(prompts))
+    for r in prompts:
+        kv.release(r.id)
+    decodes = kv.bind(Batch(gpu=[request(1, True) for _ in range(MAX_RUNNING)]))
+    width = kv.table.shape[1]
+    decodes.gpu_table = decodes.gpu_table.new_zeros(MAX_RUNNING, width)
+    decodes.gpu_lens = decodes.gpu_lens.new_full((MAX_RUNNING,), width * budget.block_size)
+    yield decodes
+
+
+def measure_gpu_blocks(llm, gpu_mem, draw):
+    """KV blocks that the GPU has room for beside the loaded weights and the largest activations. These are measured: one
+    layer of the largest sub-batches (the peak is the same in every layer) and draw(logits), which samples.
+
+    gpu_mem  GiB that weights, activations and KV share; None: what is free, but for a small reserve
+
+    Raises ValueError if not one fits.
+    """
+    model, budget, cfg, cuda = llm.model, llm.budget, llm.cfg, torch.cuda
+    if not model.eager:
+        model.reserve(-(-budget.max_model_len // budget.block_size))
+    cuda.empty_cache()
+    held, eager, model.eager, peaks = cuda.memory_allocated(), model.eager, True, []
+    blocks = MAX_RUNNING + -(-2 * budget.max_batch_tokens // budget.block_size)    # any way the prompts are cut
+    kv = KVCache((1, cfg.n_kv_head, cfg.head_dim), budget.block_size, blocks, 0, budget.max_model_len, llm.dtype, llm.device)
+    for inputs in largest_batches(budget, kv):
+        cuda.empty_cache()
+        cuda.reset_peak_memory_stats()
+        start = cuda.memory_reserved()
+        model.run([inputs], kv, 1)
+        draw(inputs.logits)
+        peaks.append(cuda.max_memory_reserved() - start)
+        del inputs
+    del kv
+    cuda.empty_cache()
+    model.eager = eager
+    activations = max(peaks) + (0 if eager else peaks[1])      # captured decodes have a pool of their own
+    room = min(cuda.mem_get_info()[0] * CUDA_SHARE, math.inf if gpu_mem is None else gpu_mem * GIB - held)
+    if room - activations < budget.block_bytes:
+        raise ValueError(f"{llm.name}: {fmt_gib(held)} of weights and {fmt_gib(activations)} of activations, measured with "
+                         f"{budget.max_batch_tokens} prompt tokens, leave {fmt_gib(max(room - activations, 0))} of GPU memory: "
+                         f"no KV block of {fmt_gib(budget.block_bytes)} fits. Raise --gpu-mem, lower --max-batch-tokens, or take "
+                         "a smaller model")
+    return int((room - activations) // budget.block_bytes)
 
 
 # ---------------------------------------------------------------------------------- warm-up and the measured profile
@@ -231,15 +289,17 @@ def measure_profile(llm, seconds=8.0):
         for repeat in range(4):
             begin = time.perf_counter()
             model.run([inputs], kv, depth)
+            records = model.records                              # waits for the GPU
             last = time.perf_counter() - begin
             if repeat == 0 and (last < 0.5 or tier):
                 continue                                         # warm-up; for decodes also the first touch of the KV
-            once = 0.0                                           # first and last linear stage: a layer and the head
-            for _, stage, layer, _, t0, t1 in model.records:
-                if stage == "linear" and layer in (0, cfg.n_layer):
-                    once += 1e3 * (t1 - t0)
-                else:
-                    times[stage].append(1e3 * (t1 - t0))
+            layers = Counter()                                   # copies are work of a GPU that makes them itself, else the
+            for lane, stage, layer, _, t0, t1 in records:        # CPU's rows wait for them
+                of = stage if stage.endswith("attend") else "cpu_attend" if lane == "copy" else "linear"
+                layers[of, layer] += 1e3 * (t1 - t0)
+            once = layers.pop(("linear", 0)) + layers.pop(("linear", cfg.n_layer))    # a layer and the head
+            for (of, _), ms in layers.items():
+                times[of].append(ms)
             times["head"].append(max(once - statistics.median(times["linear"]), 0.0))
             if last > 0.1:
                 break

@@ -6,6 +6,7 @@ Models are tiny and made on the spot; nothing is downloaded. What is slow or ran
 and overlap, never on time.
 """
 import dataclasses
+import importlib.util
 import json
 import os
 import random
@@ -19,13 +20,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"        # read when Triton is imported: its kernels then run on the CPU, slowly
+
 import bench
 import cpu_attn
 import figures
 import gpu_attn
 from checkpoint import PRESETS, load_config, load_tokenizer
 from kvcache import KVCache
-from model import rope_table
+from model import TorchOps, rope_table
 from neo import LLM, SamplingParams, sample
 from perfmodel import TESTBEDS, Load, PerfModel, Prediction, Profile, Roofline, find_testbed, fluid_limit, layer_ms
 from scheduler import MAX_WAIT, STRATEGIES, Batch, Request, Scheduler
@@ -417,38 +421,216 @@ def test_store_kv(dtype):
     assert k.tobytes() == want_k.tobytes() and v.tobytes() == want_v.tobytes()
 
 
-@pytest.mark.parametrize("backend", sorted(gpu_attn.BACKENDS))
+GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")       # a CPU runs Triton's kernels under its interpreter
+
+
+def backend(name, dtype, device=torch.device("cpu")):
+    """A back end on the device it is tested on, or a skip."""
+    if name == "triton":
+        pytest.importorskip("triton")
+        device = GPU
+    return gpu_attn.choose(name, device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]), device
+
+
+def relative(got, want):
+    return np.linalg.norm(got.float().cpu().numpy() - want) / np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("name", sorted(gpu_attn.BACKENDS))
 @pytest.mark.parametrize("dtype, tolerance", [("fp32", 2e-6), ("bf16", 8e-3), ("fp16", 1e-3)])
-def test_gpu_attention_equals_reference(backend, dtype, tolerance):
-    """store + prefill of a ragged batch, and paged decode, against float64."""
-    rng, attn = np.random.default_rng(5), gpu_attn.BACKENDS[backend]()
+def test_gpu_attention_equals_reference(name, dtype, tolerance):
+    """store + prefill of a ragged batch, whole and after earlier positions, and paged decode, against float64."""
+    rng, (attn, dev) = np.random.default_rng(5), backend(name, dtype)
     H, Hkv, D, bs, lens = 6, 2, 48, 16, [1, 37, 16]
     q, k, v, table, seq_lens = paged_case(rng, 3, H, Hkv, D, bs, lens, dtype)
     k, v = np.where(np.isnan(cpu_attn.to_float64(k, dtype)), 0, k).astype(k.dtype), \
         np.where(np.isnan(cpu_attn.to_float64(v, dtype)), 0, v).astype(v.dtype)  # the engine's GPU tier holds no NaN
-    tk, tv = torch_cache(k, dtype), torch_cache(v, dtype)
-    tq = torch.from_numpy(q).to(tk.dtype)
+    tk, tv = torch_cache(k, dtype).to(dev), torch_cache(v, dtype).to(dev)
+    tq = torch.from_numpy(q).to(dev, tk.dtype)
     out = torch.full_like(tq, float("nan"))
     tq = torch.cat((tq, tq), 1)[:, :H]              # a view, as q is one of the merged projection
-    attn.decode(tq, tk, tv, torch.from_numpy(table[:, :3].copy()), torch.from_numpy(seq_lens), D ** -0.5, out)
-    want = cpu_attn.paged_decode_reference(tq.float().contiguous().numpy(), k, v, table, seq_lens, D ** -0.5, dtype)
-    assert np.linalg.norm(out.float().numpy() - want) / np.linalg.norm(want) < tolerance
+    attn.decode(tq, tk, tv, torch.from_numpy(table[:, :3].copy()).to(dev), torch.from_numpy(seq_lens).to(dev), D ** -0.5, out)
+    want = cpu_attn.paged_decode_reference(tq.float().cpu().contiguous().numpy(), k, v, table, seq_lens, D ** -0.5, dtype)
+    assert relative(out, want) < tolerance
 
     n = sum(lens)
-    rows = [torch.from_numpy(rng.standard_normal((n, h, D), dtype=np.float32)).to(tk.dtype) for h in (H, Hkv, Hkv)]
+    qkv = torch.from_numpy(rng.standard_normal((n, H + 2 * Hkv, D), dtype=np.float32)).to(dev, tk.dtype)
+    rows = qkv.split((H, Hkv, Hkv), 1)
     out = torch.full_like(rows[0], float("nan"))
-    attn.prefill(*rows, lens, D ** -0.5, out)
-    slots = np.concatenate([table[b, np.arange(m) // bs].astype(np.int64) * bs + np.arange(m) % bs
-                            for b, m in enumerate(lens)])
-    attn.store(rows[1], rows[2], tk, tv, torch.from_numpy(slots))
+    attn.prefill(*rows, lens, lens, D ** -0.5, out)
+    late = [1, 5, 16]                               # the last rows of each prompt alone, as a later chunk of it has them
+    ends = np.cumsum(lens)
+    late_q = torch.cat([rows[0][end - m:end] for end, m in zip(ends, late)])
+    late_out = torch.full_like(late_q, float("nan"))
+    attn.prefill(late_q, *rows[1:], late, lens, D ** -0.5, late_out)
+    whole = torch.cat([out[end - m:end] for end, m in zip(ends, late)])
+    assert relative(late_out, whole.float().cpu().numpy()) < tolerance
+
+    slots = np.concatenate([table[b, np.arange(m) // bs] * bs + np.arange(m) % bs for b, m in enumerate(lens)])
+    attn.store(rows[1], rows[2], tk, tv, torch.from_numpy(slots).to(dev))
+    for array, stored in ((k, tk), (v, tv)):
+        stored = stored.cpu()
+        array[:] = (stored.view(torch.uint16) if dtype != "fp32" else stored).numpy()
     start = 0
     for b, m in enumerate(lens):                # causal prefill = a decode of every row over the rows up to it
         every = np.arange(1, m + 1, dtype=np.int32)
-        want = cpu_attn.paged_decode_reference(rows[0][start:start + m].float().numpy(), k, v,
+        want = cpu_attn.paged_decode_reference(rows[0][start:start + m].float().cpu().numpy(), k, v,
                                                np.repeat(table[b:b + 1], m, 0), every, D ** -0.5, dtype)
-        got = out[start:start + m].float().numpy()
-        assert np.linalg.norm(got - want) / np.linalg.norm(want) < tolerance
+        assert relative(out[start:start + m], want) < tolerance
         start += m
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("fp32", 2e-6), ("bf16", 5e-3), ("fp16", 1e-3)])
+@pytest.mark.parametrize("H, Hkv, D, bs", [(4, 4, 64, 16), (8, 2, 128, 16), (8, 1, 80, 24), (20, 1, 20, 8), (2, 2, 256, 16),
+                                           (5, 1, 256, 32)])
+def test_triton_decode_splits_and_merges(H, Hkv, D, bs, dtype, tolerance):
+    """Lengths around chunk and block edges, in one chunk and in many, NaN in unused slots; padding stays untouched."""
+    kernels = pytest.importorskip("gpu_kernels")
+    rng = np.random.default_rng([H, D])
+    lens = [1, bs, 127, 128, 129, 300]
+    q, k, v, table, seq_lens = paged_case(rng, len(lens) + 1, H, Hkv, D, bs, [*lens, 1], dtype)
+    seq_lens[-1] = 0
+    there = lambda x: torch.from_numpy(x).to(GPU)
+    tk, tv = torch_cache(k, dtype).to(GPU), torch_cache(v, dtype).to(GPU)
+    tq = there(q).to(tk.dtype)
+    want = cpu_attn.paged_decode_reference(tq[:-1].float().cpu().numpy(), k, v, table[:-1], seq_lens[:-1], D ** -0.5, dtype)
+    for chunk in (64, 128, 1024):
+        out = torch.full_like(tq, float("nan"))
+        kernels.paged_decode(tq, tk, tv, there(table), there(seq_lens), D ** -0.5, out, chunk)
+        assert relative(out[:-1], want) < tolerance and out[-1].isnan().all()
+
+
+def test_triton_store_rope_and_swiglu_equal_torch():
+    """Bits of a store, its rows of padding dropped; RoPE in place and SwiGLU, on widths that fill no block."""
+    kernels = pytest.importorskip("gpu_kernels")
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=g).bfloat16().to(GPU)
+    qkv, k_cache, v_cache = draw(7, 5 + 6, 20), draw(4, 3, 8, 20), draw(4, 3, 8, 20)
+    slots = torch.tensor([3, 31, -1, 8, 0, -1, 17], dtype=torch.int32, device=GPU)
+    k, v = qkv[:, 5:8], qkv[:, 8:]
+    want_k, want_v, live = k_cache.clone(), v_cache.clone(), slots >= 0
+    gpu_attn.TorchAttention.store(None, k[live], v[live], want_k, want_v, slots[live])
+    kernels.store(k, v, k_cache, v_cache, slots)
+    assert torch.equal(k_cache, want_k) and torch.equal(v_cache, want_v)
+
+    cos, sin = (t.to(GPU) for t in rope_table(PRESETS["tiny"], 30))
+    x = draw(6, 11, 16).float()                     # the interpreter cuts float32 to bf16 where a GPU rounds
+    y, positions = x.clone(), torch.tensor([0, 29, 5, 5, 1, 17], dtype=torch.int32, device=GPU)
+    TorchOps.rotate_(x, cos, sin, positions, 9)
+    kernels.rotate_(y, cos, sin, positions, 9)
+    assert torch.equal(x[:, 9:], y[:, 9:]) and relative(y, x.cpu().numpy()) < 1e-6
+    x = draw(5, 2 * 1100).float()
+    assert relative(kernels.swiglu(x), TorchOps.swiglu(x.clone()).cpu().numpy()) < 1e-6
+
+
+@pytest.mark.parametrize("capability", [75, 80, 90])
+def test_triton_decode_compiles_for_gpus_that_are_not_here(capability):
+    """To machine code: within the registers (nothing spilled) and the shared memory of a T4, an A10G and an H100; with
+    matrix instructions where a group has several heads, and reads of 16 bytes."""
+    triton = pytest.importorskip("triton")
+    script = f"""
+import gpu_kernels, pathlib, subprocess, tempfile, triton
+tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+fn = gpu_kernels._decode
+for dtype, size in (("fp16", 2), ("bf16", 2), ("fp32", 4)):
+    for D, G in ((64, 4), (80, 8), (128, 1), (128, 8), (256, 2)):
+        if {capability} < 80 and dtype == "bf16":
+            continue
+        DP, mma = max(16, triton.next_power_of_2(D)), {capability} >= 80
+        const = dict(G=G, D=D, GP=1 if G == 1 else 16, DP=DP, N=gpu_kernels.step_tokens(G, DP, size, mma), SPLIT=True, WIDE=False)
+        kinds = dict(q="*" + dtype, k_cache="*" + dtype, v_cache="*" + dtype, o="*fp32", lse="*fp32", table="*i32", lens="*i32",
+                     scale="fp32")
+        names = fn.arg_names
+        aligned = {{(i,): [["tt.divisibility", 16]] for i, n in enumerate(names)
+                   if n not in const and n not in ("scale", "bs", "chunk", "H")}}
+        src = ASTSource(fn, {{n: "constexpr" if n in const else kinds.get(n, "i32") for n in names}}, const, aligned)
+        made = triton.compile(src, target=GPUTarget("cuda", {capability}, 32), options=dict(num_warps=4, num_stages=2))
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(made.asm["cubin"])
+            file.flush()
+            used = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+        assert "STACK:0 " in used, (dtype, D, G, used)
+        ptx = made.asm["ptx"]
+        assert made.metadata.shared <= 64 << 10 or dtype == "fp32", made.metadata.shared
+        assert ".v4." in ptx
+        assert ("mma" in ptx) == (mma and G > 1 and dtype != "fp32"), (dtype, D, G)
+print("compiled")
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=300,
+                          cwd=Path(__file__).parent, env=os.environ | {"TRITON_INTERPRET": "0"})
+    assert done.stdout.strip() == "compiled", done.stderr[-2000:]
+
+
+def test_flash_attention_of_any_torch_version():
+    """Whatever of scale, causality and grouped heads a version's varlen_attn knows, the same attention is asked for."""
+    q, k = torch.randn(3, 4, 8), torch.randn(3, 2, 8)
+    ends = torch.tensor([0, 3], dtype=torch.int32)
+
+    def oldest(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+        assert is_causal and key.shape == value.shape == query.shape and torch.equal(key[:, 0], key[:, 1])
+        return "oldest"
+
+    def newest(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+        assert window_size == (-1, 0) and enable_gqa and scale == 0.5 and key.shape[1] == 2
+        return "newest"
+    for fake in (oldest, newest):
+        assert gpu_attn.bind_varlen(fake)(q, k, k, ends, ends, 3, 3, 0.5) == fake.__name__
+    flash, why = gpu_attn.find_varlen(torch.device("cpu"), torch.bfloat16)
+    assert flash is None and why == "no CUDA"
+
+
+def test_back_ends_are_chosen_by_name_or_refused():
+    cpu = torch.device("cpu")
+    assert gpu_attn.choose("auto", cpu, torch.float32).describe() == "Numba decode, torch prefill"
+    with pytest.raises(ValueError, match="gpu_attn 'flash': must be auto, torch, numba, triton"):
+        gpu_attn.choose("flash", cpu, torch.float32)
+    with pytest.raises(ValueError, match="on CUDA take triton"):
+        gpu_attn.choose("numba", torch.device("cuda"), torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        if importlib.util.find_spec("triton"):
+            with pytest.raises(ValueError, match="needs a CUDA GPU"):
+                gpu_attn.choose("triton", cpu, torch.float32)
+
+
+@pytest.mark.parametrize("strategy", ["gpu-only", "symmetric", "neo"])
+def test_padded_and_captured_decodes_give_the_same_tokens(strategy):
+    """What CUDA graphs need, without CUDA: decodes padded to buckets, in memory that stays, by kernels that skip padding.
+    Both the Triton kernels and every sub-batch of decodes are used, prompts come and go in between."""
+    pytest.importorskip("triton")
+    prompts = make_prompts(7, 512, 50, seed=4)
+    make = lambda **kw: LLM("tiny", strategy, device="cpu", dtype="fp32", gpu_blocks=24, max_model_len=80, **kw)
+    params = [SamplingParams(max_tokens=3 + i, ignore_eos=True) for i in range(7)]
+    want = [o.token_ids for o in make().generate(prompts, params)]
+    llm = make(gpu_attn="triton")
+    llm.model.eager = False
+    if strategy == "neo":
+        llm.perf = llm.scheduler.perf = FixedPerf(cpu=0.3)
+    shapes, place = [], llm.model.place
+
+    def spy(b, kv):
+        out = place(b, kv)
+        shapes.append((len(b.tokens) - len(b.last), b.num_prefill, out[0] != llm.model.linear))
+        return out
+    llm.model.place = spy
+    assert [o.token_ids for o in llm.generate(prompts, params)] == want
+    captured = [padding for padding, _, captured in shapes if captured]
+    assert all((prompts == 0) == captured for _, prompts, captured in shapes)
+    assert len(llm.model.graphs) < len(captured)                                  # captured once, replayed often
+    assert any(captured) or strategy != "symmetric"                               # rows of padding there were
+    llm.kv.check()
+
+
+def test_buckets():
+    """Never fewer rows, of GPU rows alone few more, few sizes; nothing padded where nothing is captured."""
+    model = LLM("tiny", device="cpu", dtype="fp32", max_model_len=64).model
+    assert model.bucket(5, 3) == (5, 3)
+    model.eager = False
+    rows = [model.bucket(n, 0)[0] for n in range(513)]
+    assert all(n <= r <= n * 1.25 for n, r in enumerate(rows)) and len(set(rows)) <= 64
+    assert model.bucket(5, 3) == (8, 4) and model.bucket(0, 9) == (0, 16) and model.bucket(600, 1) == (600, 1)
 
 
 # ------------------------------------------------------------------------------------------------- cache and scheduler
@@ -480,10 +662,12 @@ def test_swap_moves_the_bits(dtype):
     kv.swap(["a"], "cpu")
     assert kv.swapped_blocks == 3
     kv.check()
+    kv.settle()
     assert all(torch.equal(t[:, kv.sequences["a"].blocks], b) for t, b in zip((kv.cpu.k, kv.cpu.v), before))
     kv.gpu.k.zero_(), kv.gpu.v.zero_()
     kv.swap(["a"], "gpu")
     kv.check()
+    kv.settle()
     assert all(torch.equal(t[:, kv.sequences["a"].blocks], b) for t, b in zip((kv.gpu.k, kv.gpu.v), before))
 
 
