@@ -5,6 +5,7 @@
     python bench.py --dataset-name osc --dataset-path osc_lengths.json --request-rate 2 --save-result
     python bench.py --model llama-8b --simulate g5.4xlarge --input-len 1000 --output-len 200      on a virtual clock
     python bench.py --figure 10a --plot 10a.png       the paper's experiments, simulated (figures.py)
+    python bench.py --card                            what this machine can do at most (gpu_card.py)
 
 A card first (what runs where, with what KV budget), then every strategy with a progress bar, a table, and one sentence.
 Metrics have the names and meanings of vLLM's serving benchmark. Knows nothing of the engine beyond LLM.
@@ -37,6 +38,7 @@ FIGURES = {
 DATASETS = ("random", *FIGURES, "sharegpt", "lengths")
 SIZES_CPU = ((0.5e9, 24, 128, 32), (2e9, 16, 64, 24), (math.inf, 12, 32, 16))  # parameters up to: requests, in, out
 SIZES_CUDA = (64, 1000, 200)
+LANES = {"gpu": (1, "GPU"), "cpu": (2, "CPU"), "copy": (3, "copies")}        # of a timeline
 STEADY = (0.3, 0.7)            # of completions: the window of the steady throughput
 ROWS = (                       # of the table: key of a result, label, factor, format
     ("request_throughput", "request/s", 1, ".3f"), ("output_throughput", "output tok/s", 1, ".2f"),
@@ -268,16 +270,17 @@ def notes(results, outputs, simulated):
 
 
 def write_trace(path, trace):
-    """Chrome / Perfetto trace (open it in ui.perfetto.dev): a process per strategy, one lane for the GPU, one for the
-    CPU; spans named by stage, layer and sub-batch."""
+    """Chrome / Perfetto trace (open it in ui.perfetto.dev): a process per strategy, a lane for the GPU, one for the CPU
+    and on CUDA one for the copies between them; spans named by stage, layer and sub-batch."""
     strategies = list(dict.fromkeys(t[0] for t in trace))
     zero = min((t[5] for t in trace), default=0.0)
     events = [{"ph": "M", "name": "process_name", "pid": pid, "args": {"name": s}} for pid, s in enumerate(strategies)]
     events += [{"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": lane}}
-               for pid in range(len(strategies)) for tid, lane in ((1, "GPU"), (2, "CPU"))]
+               for pid in range(len(strategies)) for tid, lane in LANES.values() if lane != "copies" or
+               any(t[1] == "copy" for t in trace)]
     for s, lane, stage, layer, index, start, end in trace:
         events.append({"ph": "X", "name": f"{stage} {layer}{'AB'[index]}", "pid": strategies.index(s),
-                       "tid": 1 if lane == "gpu" else 2, "ts": 1e6 * (start - zero), "dur": 1e6 * (end - start),
+                       "tid": LANES[lane][0], "ts": 1e6 * (start - zero), "dur": 1e6 * (end - start),
                        "args": {"layer": layer, "sub_batch": "AB"[index]}})
     Path(path).write_text(json.dumps({"traceEvents": events}))
 
@@ -320,6 +323,8 @@ def parse_args(argv=None):
                         "azure-code and azure-conv are drawn to fit their published figures")
     parser.add_argument("--figure", metavar="NAME", help="redraw a figure of the paper, simulated: 6c, 8, 9, 10a; or grid: neo "
                         "against the fluid limit")
+    parser.add_argument("--card", action="store_true", help="print what this machine can do at most (copies, matrix products, "
+                        "host reads, PCIe), and stop")
     parser.add_argument("--repeats", type=int, default=1, metavar="N", help="interleaved rounds; medians are reported")
     parser.add_argument("--save-result", action="store_true", help="write the JSON (also if --result-filename is given)")
     parser.add_argument("--result-filename", metavar="F.json")
@@ -384,11 +389,25 @@ def card(llm, work, args):
             f"limit of {llm.budget.max_model_len} tokens")
 
 
+def print_card(args):
+    """--card: the machine's ceilings, as JSON too."""
+    from gpu_card import ceilings, machine, show
+    try:
+        found = {"machine": machine(), "limits": ceilings(resolve_device(args.device))}
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print("\n".join(f"{k:16s} {v}" for k, v in found["machine"].items() if v) + "\n" + show(found["limits"]))
+    if args.result_filename:
+        Path(args.result_filename).write_text(json.dumps(found | {"command": shlex.join(sys.argv)}, indent=1))
+
+
 def main(argv=None):
     args = parse_args(argv)
     if args.figure:
         import figures
         sys.exit(figures.main(args))
+    if args.card:
+        return print_card(args)
     try:
         llm, work, strategies = prepare(args)
     except ValueError as error:
@@ -421,6 +440,9 @@ def main(argv=None):
         path = args.result_filename or f"{Path(args.model).name}-{args.dataset_name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
         config = {**vars(args), "request_rate": str(args.request_rate), "command": shlex.join(sys.argv),
                   "card": card(llm, work, args).splitlines(), "max_model_len": llm.budget.max_model_len}
+        if not args.simulate:
+            from gpu_card import host_read_bandwidth, machine
+            config |= {"machine": machine(), "host_read_gb_s": host_read_bandwidth(llm.cpu_threads)}
         Path(path).write_text(json.dumps({"config": config, "results": results}, indent=1))
         print(f"result: {path}")
     if args.timeline:

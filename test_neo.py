@@ -12,6 +12,7 @@ import os
 import random
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +28,16 @@ import bench
 import cpu_attn
 import figures
 import gpu_attn
+import gpu_card
+import startup
 from checkpoint import PRESETS, load_config, load_tokenizer
 from kvcache import KVCache
 from model import TorchOps, rope_table
 from neo import LLM, SamplingParams, sample
 from perfmodel import TESTBEDS, Load, PerfModel, Prediction, Profile, Roofline, find_testbed, fluid_limit, layer_ms
-from scheduler import MAX_WAIT, STRATEGIES, Batch, Request, Scheduler
+from scheduler import MAX_RUNNING, MAX_WAIT, STRATEGIES, Batch, Request, Scheduler
 
+DEVICE = os.environ.get("NEO_TEST_DEVICE", "cpu")       # cuda: the exactness tests on a GPU
 DATA = Path(__file__).resolve().parent.parent / "shared" / "data"
 GREEDY = SamplingParams(max_tokens=24)
 EXACT = SamplingParams(max_tokens=24, ignore_eos=True)
@@ -135,7 +139,7 @@ def test_tokens_equal_transformers(checkpoints, reference, name, strategy):
     prompts, want = reference[name]
     cfg = load_config(str(folder))
     cpu_blocks = {"gpu-only": 20, "symmetric": 18}.get(strategy, 11)
-    llm = LLM(str(folder), strategy, device="cpu", dtype="fp32", gpu_blocks=10, cpu_mem=blocks_to_gib(cfg, cpu_blocks),
+    llm = LLM(str(folder), strategy, device=DEVICE, dtype="fp32", gpu_blocks=10, cpu_mem=blocks_to_gib(cfg, cpu_blocks),
               max_model_len=110)
     outs = llm.generate(prompts, SamplingParams(max_tokens=40))
     stats = llm.stats()
@@ -154,7 +158,7 @@ def test_tokens_equal_transformers_when_neo_pipelines(checkpoints, reference, na
     """neo with a performance model under which two sub-batches pay: GPU and CPU rows in one pipeline."""
     folder, _ = checkpoints[name]
     prompts, want = reference[name]
-    llm = LLM(str(folder), "neo", device="cpu", dtype="fp32", gpu_blocks=14, max_model_len=110)
+    llm = LLM(str(folder), "neo", device=DEVICE, dtype="fp32", gpu_blocks=14, max_model_len=110)
     llm.perf = llm.scheduler.perf = FixedPerf(cpu=0.3, n_layer=3)
     outs = llm.generate(prompts, SamplingParams(max_tokens=40))
     stats = llm.stats()
@@ -166,7 +170,7 @@ def test_tokens_equal_transformers_when_neo_pipelines(checkpoints, reference, na
 def test_logits_within_tolerance(checkpoints, dtype, tolerance):
     """Prompt and decode logits of a pipelined pass over both tiers against transformers in float32: |a - b| / |b|."""
     folder, hf = checkpoints["gqa4-d128-llama3"]
-    llm = LLM(str(folder), device="cpu", dtype=dtype, gpu_blocks=20, max_model_len=110)
+    llm = LLM(str(folder), device=DEVICE, dtype=dtype, gpu_blocks=20, max_model_len=110)
     kv, prompts = llm.kv, make_prompts(6, 512, 60, seed=2)
     with torch.no_grad():
         want = [hf(torch.tensor([p])).logits[0] for p in prompts]
@@ -175,7 +179,7 @@ def test_logits_within_tolerance(checkpoints, dtype, tolerance):
         inputs = [kv.bind(b, i) for i, b in enumerate(batches)]
         llm.model.run(inputs, kv)
         for b, inp in zip(batches, inputs):
-            for r, got in zip(b.requests, inp.logits):
+            for r, got in zip(b.requests, inp.logits.cpu()):
                 ref = want[r.id][r.num_tokens - 1]
                 assert (got - ref).norm() / ref.norm() < tolerance
     # all but the last token as prompts of either tier, then the last one as a decode
@@ -601,9 +605,9 @@ def test_padded_and_captured_decodes_give_the_same_tokens(strategy):
     Both the Triton kernels and every sub-batch of decodes are used, prompts come and go in between."""
     pytest.importorskip("triton")
     prompts = make_prompts(7, 512, 50, seed=4)
-    make = lambda **kw: LLM("tiny", strategy, device="cpu", dtype="fp32", gpu_blocks=24, max_model_len=80, **kw)
+    make = lambda **kw: LLM("tiny", strategy, device=DEVICE, dtype="fp32", gpu_blocks=24, max_model_len=80, **kw)
     params = [SamplingParams(max_tokens=3 + i, ignore_eos=True) for i in range(7)]
-    want = [o.token_ids for o in make().generate(prompts, params)]
+    want = [o.token_ids for o in make(eager=True).generate(prompts, params)]
     llm = make(gpu_attn="triton")
     llm.model.eager = False
     if strategy == "neo":
@@ -653,7 +657,7 @@ def test_cache_accounting_catches_a_leak_and_a_shared_block():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_swap_moves_the_bits(dtype):
-    kv = KVCache((2, 3, 8), 4, 8, 8, 64, dtype, torch.device("cpu"))
+    kv = KVCache((2, 3, 8), 4, 8, 8, 64, dtype, torch.device(DEVICE))
     kv.reserve("x", "cpu", 3)                   # so that block numbers differ between the tiers
     kv.reserve("a", "gpu", 9)
     kv.gpu.k.copy_(torch.randn(kv.gpu.k.shape))
@@ -663,7 +667,7 @@ def test_swap_moves_the_bits(dtype):
     assert kv.swapped_blocks == 3
     kv.check()
     kv.settle()
-    assert all(torch.equal(t[:, kv.sequences["a"].blocks], b) for t, b in zip((kv.cpu.k, kv.cpu.v), before))
+    assert all(torch.equal(t[:, kv.sequences["a"].blocks], b.cpu()) for t, b in zip((kv.cpu.k, kv.cpu.v), before))
     kv.gpu.k.zero_(), kv.gpu.v.zero_()
     kv.swap(["a"], "gpu")
     kv.check()
@@ -777,6 +781,11 @@ def test_gpu_only_does_not_thrash():
     assert few.stats["preemptions"] == many.stats["preemptions"] == 0
     rows = [s.stats["rows"] / s.stats["iterations"] for s in (few, many)]
     assert rows[1] >= 0.95 * rows[0]
+
+
+def test_running_requests_are_bounded():
+    _, plans = simulate("gpu-only", [(1, 3000)] * (MAX_RUNNING + 5), 10 ** 6, 0)
+    assert max(len(p.requests) for p in plans) == MAX_RUNNING
 
 
 def test_gpu_only_admits_all_that_fits():
@@ -913,6 +922,29 @@ def test_bad_requests_are_refused_and_the_others_go_on(tiny):
 def test_engine_errors_name_value_limit_and_way_out(kwargs, message):
     with pytest.raises(ValueError, match=message):
         LLM(**({"model": "tiny", "device": "cpu"} | kwargs))
+
+
+def test_gpu_blocks_are_what_weights_and_measured_activations_leave(monkeypatch):
+    """The largest sub-batches really run; of memory the numbers are made up, as there is none to measure."""
+    llm = LLM("tiny", "gpu-only", device="cpu", dtype="fp32", max_model_len=100, max_batch_tokens=250)
+    seen, run, MIB, block = [], llm.model.run, 1 << 20, llm.budget.block_bytes
+
+    def spy(batches, kv, depth):
+        seen.append((batches[0].prefill_lens, batches[0].num_gpu, int(batches[0].gpu_lens.sum())))
+        run(batches, kv, depth)
+    llm.model.run = spy
+    monkeypatch.setattr(startup.torch, "cuda", types.SimpleNamespace(
+        memory_allocated=lambda: 7 * MIB, memory_reserved=lambda: 8 * MIB, max_memory_reserved=lambda: 11 * MIB,
+        empty_cache=lambda: None, reset_peak_memory_stats=lambda: None, mem_get_info=lambda: (100 * MIB, 0)))
+    drawn = []
+    count = lambda gib, eager=True: [setattr(llm.model, "eager", eager), startup.measure_gpu_blocks(llm, gib, drawn.append)][1]
+    assert count(None) == (95 - 3) * MIB // block
+    assert count(47 / 1024) == (47 - 7 - 3) * MIB // block                 # as a GPU of 47 MiB, 7 of them weights
+    assert count(47 / 1024, eager=False) == (47 - 7 - 3 - 3) * MIB // block    # captured decodes keep memory of their own
+    assert seen[0] == ([100, 100, 50], 0, 0) and seen[1] == ([], MAX_RUNNING, MAX_RUNNING * 112) and len(drawn) == 6
+    with pytest.raises(ValueError, match="0.01 GiB of activations.*--gpu-mem"):
+        monkeypatch.setattr(startup.torch.cuda, "max_memory_reserved", lambda: 18 * MIB)
+        count(16 / 1024)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -1070,6 +1102,23 @@ def test_bench_end_to_end(tmp_path, capsys):
     assert "neo / gpu-only:" in text and "KV budget" in text and "fewer than 20" in text and "random weights" in text
     assert text.count("agree on 12 of 12 requests") == 3         # float32: exactly the same tokens
     assert json.loads(Path(files["timeline"]).read_text())["traceEvents"]
+
+
+def test_cards(tmp_path, capsys):
+    """The ceilings, and decode over its floor, measure the machine they run on and say what it is."""
+    bench.main(["--card", "--device", "cpu", "--result-filename", str(tmp_path / "c.json")])
+    limits = json.loads((tmp_path / "c.json").read_text())["limits"]
+    assert min(limits[k] for k in ("copy_gb_s", "matrix_tflops", "host_read_gb_s")) > 0 and "to_gpu_gb_s" not in limits
+    assert "would play the GPU" in capsys.readouterr().out
+    gpu_card.main(["floor", "--model", "tiny", "--device", "cpu", "--batches", "1,3,900", "--input-len", "20", "--steps", "4",
+                   "--gpu-blocks", "300", "--result-filename", str(tmp_path / "f.json")])
+    found = json.loads((tmp_path / "f.json").read_text())
+    assert [r["batch"] for r in found["rows"]] == [1, 3] and found["machine"]["gpu"] is None            # 900 do not fit
+    for r in found["rows"]:
+        assert r["over_floor"] == pytest.approx(r["ms"] / r["floor_ms"]) and r["ms"] > r["floor_ms"] > 0
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="torch sees none"):
+            gpu_card.main(["all"])
 
 
 def test_bench_survives_ctrl_c(tmp_path, monkeypatch, capsys):
