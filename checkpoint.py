@@ -5,6 +5,7 @@ the file or the tensor. Knows nothing of devices, merged weights or requests. Gl
 """
 import json
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import safetensors
@@ -215,9 +216,9 @@ class Tokenizer:
         except (OSError, RuntimeError) as error:
             raise ValueError(f"{path}/tokenizer.model is not a sentencepiece model ({error})") from None
 
-    def encode(self, text):
-        """Text -> token ids, with the begin-of-text id the model was trained with."""
-        return self.hf.encode(text).ids if self.hf else self.sp.encode(text, add_bos=True)
+    def encode(self, text, special=True):
+        """Text -> token ids; special: with the begin-of-text id the model was trained with, where the text brings none."""
+        return self.hf.encode(text, add_special_tokens=special).ids if self.hf else self.sp.encode(text, add_bos=special)
 
     def decode(self, ids):
         return self.hf.decode(ids) if self.hf else self.sp.decode(ids)
@@ -227,3 +228,41 @@ def load_tokenizer(model):
     """The tokenizer beside a checkpoint, or None."""
     path = Path(model)
     return Tokenizer(path) if any((path / f).is_file() for f in ("tokenizer.json", "tokenizer.model")) else None
+
+
+def load_chat_template(model, tokenizer):
+    """The checkpoint's chat template as a function, messages [{"role", "content"}] -> prompt token ids; None without one.
+    Needs the package jinja2. The function raises ValueError on messages that the template does not take."""
+    path = Path(model)
+    config = _read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").is_file() else {}
+    source = config.get("chat_template")
+    if (path / "chat_template.jinja").is_file():
+        source = (path / "chat_template.jinja").read_text()
+    if isinstance(source, list):                                # several, by name
+        source = next((t["template"] for t in source if t["name"] == "default"), None)
+    if source is None or tokenizer is None:
+        return None
+    try:
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise ValueError(f"{model}: its chat template needs the package jinja2: pip install jinja2") from None
+
+    def refuse(message):
+        raise TemplateError(message)
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+    template = environment.from_string(source)
+    text = lambda token: token.get("content") if isinstance(token, dict) else token or ""
+    bos, eos = text(config.get("bos_token")), text(config.get("eos_token"))
+
+    def render(messages):
+        try:
+            prompt = template.render(messages=messages, add_generation_prompt=True, bos_token=bos, eos_token=eos)
+        except (TemplateError, TypeError) as error:
+            raise ValueError(f"messages: the chat template refuses them ({error})") from None
+        brought = bool(bos) and prompt.startswith(bos)
+        if brought and tokenizer.sp:                            # which knows it as an id, not as text
+            prompt, brought = prompt[len(bos):], False
+        return tokenizer.encode(prompt, special=not brought)
+    return render

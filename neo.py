@@ -40,6 +40,7 @@ class SamplingParams:
     seed: int = None               # of this request; None: drawn from the engine's seed and the request's number
     ignore_eos: bool = False       # always produce max_tokens
     stop: list = None              # strings that end the text (a str, or a list), themselves left out of it
+    logprobs: bool = False         # also the log-probability of every token, as the model gave it
 
     def __post_init__(self):
         self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
@@ -61,8 +62,14 @@ class RequestOutput:
     token_ids: list                # grows; an end-of-text id that ended the request is its last
     text: str = ""                 # grows, whole characters only; empty without a tokenizer
     finish_reason: str = None      # "stop", "length" or "abort" once finished
+    logprobs: list = field(default_factory=list)                # of token_ids, natural; empty unless asked for
     rng: random.Random = field(default=None, repr=False)        # its own, if it samples
     decoder: object = field(default=None, repr=False)           # tokens -> text, if there is a tokenizer
+
+    def settled_text(self):
+        """The text that can change no more: its end may yet turn out to begin a stop string."""
+        hold = 0 if self.finish_reason else max(map(len, self.params.stop), default=1) - 1
+        return self.text[:len(self.text) - hold]
 
 
 class StreamDecoder:
@@ -183,7 +190,12 @@ class LLM:
         """Queue one prompt (str, or list of token ids) and return its id. Raises ValueError if it can never be served;
         requests in flight are not touched."""
         params = params or SamplingParams()
-        ids, request = self._request(prompt, params, request_id)
+        ids = self.check(prompt, params)
+        request_id = self.count if request_id is None else request_id
+        if request_id in self.outputs:
+            raise ValueError(f"request id {request_id!r} is in flight already")
+        request = Request(request_id, ids, min(params.max_tokens, self.max_request_len - len(ids)),
+                          frozenset() if params.ignore_eos else frozenset(self.cfg.eos_ids), params.ignore_eos)
         self.scheduler.add(request)
         self.count += 1
         out = self.outputs[request.id] = RequestOutput(request.id, ids, params, request.output)
@@ -194,8 +206,8 @@ class LLM:
             out.decoder = StreamDecoder(self.tokenizer)
         return request.id
 
-    def _request(self, prompt, params, request_id=None):
-        """Check a prompt; (token ids, Request)."""
+    def check(self, prompt, params):
+        """Token ids of a prompt that can be served; changes nothing, and may be called from any thread. Raises ValueError."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError(f"{self.name} comes without a tokenizer: give the prompt as token ids")
@@ -214,11 +226,7 @@ class LLM:
         if params.stop and not self.tokenizer:
             raise ValueError(f"stop strings need text, and {self.name} comes without a tokenizer")
         self.scheduler.check_length(len(ids))
-        request_id = self.count if request_id is None else request_id
-        if request_id in self.outputs:
-            raise ValueError(f"request id {request_id!r} is in flight already")
-        return ids, Request(request_id, ids, min(params.max_tokens, self.max_request_len - len(ids)),
-                            frozenset() if params.ignore_eos else frozenset(self.cfg.eos_ids), params.ignore_eos)
+        return ids
 
     def abort(self, request_id):
         """Drop a request and free what it holds. Returns its output, or None if it is not in flight."""
@@ -320,7 +328,7 @@ class LLM:
         ids = []
         for i, (prompt, p) in enumerate(zip(prompts, params)):
             try:
-                ids.append(self._request(prompt, p)[0])
+                ids.append(self.check(prompt, p))
             except ValueError as error:
                 raise ValueError(f"prompt {i}: {error}") from None
         outs = [self.outputs[self.add_request(prompt, p)] for prompt, p in zip(ids, params)]
@@ -392,7 +400,8 @@ class LLM:
 
 def sample(logits, outs):
     """logits [S, V] float32, one row per output -> S token ids. Greedy rows take the largest; the others draw one
-    uniform number from their own generator and invert the (truncated) distribution with it."""
+    uniform number from their own generator and invert the (truncated) distribution with it. Outputs that ask for
+    log-probabilities get them."""
     best = logits.argmax(-1) if logits.is_cuda else logits.numpy().argmax(-1)      # NumPy's is ten times torch's on a CPU
     tokens = best.tolist()
     drawn = [i for i, out in enumerate(outs) if out.params.temperature]
@@ -400,6 +409,12 @@ def sample(logits, outs):
         rows = drawn[at:at + DRAWN_AT_ONCE]
         for i, token in zip(rows, _draw(logits[rows], [outs[i] for i in rows])):
             tokens[i] = token
+    told = [i for i, out in enumerate(outs) if out.params.logprobs]
+    for at in range(0, len(told), DRAWN_AT_ONCE):
+        rows = told[at:at + DRAWN_AT_ONCE]
+        chosen = torch.tensor([tokens[i] for i in rows], device=logits.device)[:, None]
+        for i, value in zip(rows, logits[rows].log_softmax(-1).gather(1, chosen)[:, 0].tolist()):
+            outs[i].logprobs.append(value)
     return tokens
 
 
@@ -489,16 +504,16 @@ def main(argv=None):
     except KeyboardInterrupt:
         sys.exit("interrupted before the first token")
     print(llm.describe(), file=sys.stderr)
-    llm.verbose, shown, hold = args.verbose, 0, max(map(len, params.stop), default=1) - 1
+    llm.verbose, shown = args.verbose, 0
     try:
         while out.finish_reason is None:
             llm.step()
             if llm.tokenizer is None:
                 print(out.token_ids[-1], end=" ", flush=True)
-            else:                                # the end of the text may yet turn out to begin a stop string
-                end = len(out.text) if out.finish_reason else max(shown, len(out.text) - hold)
-                print(out.text[shown:end], end="", flush=True)
-                shown = end
+            else:
+                text = out.settled_text()
+                print(text[shown:], end="", flush=True)
+                shown = max(shown, len(text))
     except KeyboardInterrupt:
         llm.abort(out.request_id)
     print(f"\n[{len(out.token_ids)} tokens, {out.finish_reason}]", file=sys.stderr)

@@ -1,0 +1,311 @@
+"""An OpenAI-compatible server on the engine: completions, chat, streaming, metrics.
+
+    python serve.py --model PATH [--port 8000]
+    curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" \\
+         -d '{"model": "PATH", "prompt": "The capital of France is", "max_tokens": 16, "stream": true}'
+
+The engine's loop runs in one thread of its own (door.py), HTTP in another. Knows nothing of the engine beyond LLM.
+"""
+import argparse
+import asyncio
+import contextlib
+import hmac
+import json
+import signal
+import sys
+import time
+import uuid
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+from starlette.exceptions import HTTPException
+
+from checkpoint import load_chat_template
+from door import Door, Piece, Refused
+from neo import LLM, STRATEGIES, SamplingParams, add_engine_args, engine_args
+
+Number = StrictInt | StrictFloat
+
+
+# ------------------------------------------------------------------------------------------------------- the protocol
+
+class StreamOptions(BaseModel):
+    include_usage: StrictBool = False
+
+
+class Common(BaseModel):
+    """What both kinds of request may say. Unknown fields are refused, but for those that only label a request."""
+    model_config = ConfigDict(extra="forbid")
+    model: StrictStr
+    max_tokens: StrictInt | None = None
+    temperature: Number | None = None
+    top_p: Number | None = None
+    top_k: StrictInt | None = None
+    seed: StrictInt | None = None
+    stop: StrictStr | list[StrictStr] | None = None
+    stream: StrictBool | None = False
+    stream_options: StreamOptions | None = None
+    ignore_eos: StrictBool | None = False
+    user: StrictStr | None = None
+    metadata: dict | None = None
+    # only these values, which change nothing
+    n: StrictInt | None = 1
+    best_of: StrictInt | None = 1
+    presence_penalty: Number | None = 0
+    frequency_penalty: Number | None = 0
+    repetition_penalty: Number | None = 1
+    logit_bias: dict | None = None
+
+    def params(self, logprobs):
+        """The engine's SamplingParams. Raises ValueError on what it cannot do."""
+        for name in ("n", "best_of", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"):
+            value, neutral = getattr(self, name), type(self).model_fields[name].default
+            if value not in (neutral, None, {}):
+                raise ValueError(f"{name} = {value!r} is not supported: leave it out")
+        given = {k: getattr(self, k) for k in ("max_tokens", "top_p", "top_k", "seed", "stop") if getattr(self, k) is not None}
+        return SamplingParams(**given, temperature=1.0 if self.temperature is None else self.temperature,
+                              ignore_eos=bool(self.ignore_eos), logprobs=logprobs)
+
+
+class Completion(Common):
+    prompt: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
+    logprobs: StrictInt | None = Field(None, ge=0, le=5)
+    echo: StrictBool | None = False
+    suffix: StrictStr | None = None
+
+    def prompts(self):
+        """A list of str or of lists of token ids."""
+        if self.echo or self.suffix:
+            raise ValueError("echo and suffix are not supported: leave them out")
+        one = isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int))
+        return [self.prompt] if one else self.prompt
+
+
+class Part(BaseModel):
+    type: StrictStr
+    text: StrictStr
+
+
+class Message(BaseModel):
+    role: StrictStr
+    content: StrictStr | list[Part]
+    name: StrictStr | None = None
+
+
+class Chat(Common):
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: StrictInt | None = None
+    logprobs: StrictBool | None = False
+    top_logprobs: StrictInt | None = Field(None, ge=0, le=0)
+
+
+def problem(status, message, code=None, headers=None):
+    """An error in OpenAI's shape."""
+    kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    message = str(message).encode("ascii", "backslashreplace").decode()                # what clients sent may be no Unicode
+    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": code}}, status, headers)
+
+
+def choice(kind, piece, with_logprobs, chunk):
+    """One choice of a response, or of a chunk of a stream, from a door.Piece."""
+    said = {"index": piece.index, "finish_reason": piece.finish_reason, "token_ids": piece.token_ids, "logprobs": None}
+    names = [str(t) for t in piece.token_ids]
+    if kind == "chat":
+        said["delta" if chunk else "message"] = {"role": "assistant", "content": piece.text}
+        if with_logprobs:
+            said["logprobs"] = {"content": [{"token": t, "logprob": p, "bytes": None, "top_logprobs": []}
+                                            for t, p in zip(names, piece.logprobs)]}
+    else:
+        said["text"] = piece.text
+        if with_logprobs:
+            said["logprobs"] = {"tokens": names, "token_logprobs": piece.logprobs, "top_logprobs": None, "text_offset": None}
+    return said
+
+
+def usage(outs):
+    asked, made = sum(len(o.prompt_token_ids) for o in outs), sum(len(o.token_ids) for o in outs)
+    return {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
+
+
+# ---------------------------------------------------------------------------------------------------------- the server
+
+class Limits:
+    """ASGI middleware: the API key, and a bound on the size of a body, before anybody reads either."""
+
+    def __init__(self, app, api_key, max_body):
+        self.app, self.max_body, self.key = app, max_body, api_key and f"Bearer {api_key}".encode()
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers, size = dict(scope["headers"]), 0
+        if self.key and scope["path"].startswith("/v1/") and not hmac.compare_digest(headers.get(b"authorization", b""), self.key):
+            return await problem(401, "missing or wrong API key", "invalid_api_key")(scope, receive, send)
+
+        async def bounded():
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self.max_body:
+                raise HTTPException(413, f"the body is larger than {self.max_body} bytes (--max-body)")
+            return message
+        await self.app(scope, bounded, send)
+
+
+def make_app(llm, door, template=None, api_key=None, max_body=1 << 22):
+    """The FastAPI application on a running Door. template: chat messages -> prompt token ids, or None."""
+    app = FastAPI(title="NEO")
+    app.add_middleware(Limits, api_key=api_key, max_body=max_body)
+    app.exception_handler(HTTPException)(lambda request, e: problem(e.status_code, e.detail))
+
+    @app.exception_handler(RequestValidationError)
+    def invalid(request, error):
+        first = error.errors()[0]
+        return problem(400, f"{'.'.join(map(str, first['loc'][1:])) or 'body'}: {first['msg']}")
+
+    async def answer(http, kind, body, make_prompts, logprobs):
+        """Both endpoints: check, hand to the engine, stream or collect."""
+        try:
+            if body.model != llm.name:
+                raise ValueError(f"unknown model {body.model!r}: this server has {llm.name!r}")
+            params = body.params(logprobs)
+            ids = await run_in_threadpool(lambda: [llm.check(p, params) for p in make_prompts()])
+            if not ids:
+                raise ValueError("prompt: the list is empty")
+            stream = door.submit(ids, params)
+        except Refused as refusal:
+            return problem(refusal.status, refusal, headers=refusal.headers)
+        except ValueError as error:
+            return problem(400, error)
+        head = {"id": f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{uuid.uuid4().hex}", "created": int(time.time()), "model": llm.name}
+        name = "chat.completion" if kind == "chat" else "text_completion"
+        if body.stream:
+            head["object"] = name + ".chunk" if kind == "chat" else name
+            with_usage = bool(body.stream_options and body.stream_options.include_usage)
+            return StreamingResponse(events(stream, kind, head, logprobs, with_usage), media_type="text/event-stream")
+        collecting, gone = asyncio.ensure_future(collect(stream)), asyncio.ensure_future(disconnected(http))
+        try:
+            await asyncio.wait((collecting, gone), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+            if not collecting.done():
+                collecting.cancel()
+                stream.close()
+        if not collecting.done():
+            return PlainTextResponse("", 499)                                          # nobody is there to read it
+        if stream.error:
+            return problem(503, stream.error)
+        whole = (Piece(i, o.text, o.token_ids, o.logprobs, o.finish_reason) for i, o in enumerate(stream.outs))
+        choices = [choice(kind, piece, logprobs, False) for piece in whole]
+        return JSONResponse(head | {"object": name, "choices": choices, "usage": usage(stream.outs)})
+
+    async def disconnected(http):
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    async def collect(stream):
+        async for _ in stream:
+            pass
+
+    async def events(stream, kind, head, logprobs, with_usage):
+        line = lambda data: f"data: {json.dumps(data)}\n\n"
+        try:
+            async for piece in stream:
+                yield line(head | {"choices": [choice(kind, piece, logprobs, True)]})
+            if stream.error:
+                yield line(json.loads(problem(503, stream.error).body))
+            elif with_usage:
+                yield line(head | {"choices": [], "usage": usage(stream.outs)})
+            yield "data: [DONE]\n\n"
+        finally:
+            stream.close()
+
+    @app.post("/v1/completions")
+    async def completions(body: Completion, http: Request):
+        return await answer(http, "text", body, body.prompts, body.logprobs is not None)
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: Chat, http: Request):
+        if template is None:
+            return problem(400, f"{llm.name} comes without a chat template: use /v1/completions")
+        body.max_tokens = body.max_completion_tokens or body.max_tokens
+        text = lambda content: content if isinstance(content, str) else "".join(part.text for part in content)
+        messages = [{"role": m.role, "content": text(m.content)} for m in body.messages]
+        return await answer(http, "chat", body, lambda: [template(messages)], bool(body.logprobs))
+
+    @app.get("/v1/models")
+    def models():
+        return {"object": "list", "data": [{"id": llm.name, "object": "model", "created": 0, "owned_by": "neo",
+                                            "max_model_len": llm.max_request_len}]}
+
+    @app.get("/health")
+    def health():
+        return problem(503, door.failure) if door.failure else {"status": "ok"}
+
+    @app.get("/metrics")
+    def metrics():
+        return PlainTextResponse(door.metrics(), media_type="text/plain; version=0.0.4")
+
+    return app
+
+
+class Server(uvicorn.Server):
+    """uvicorn that on SIGTERM or Ctrl-C stops accepting, gives requests a grace time, and leaves with 0."""
+
+    def __init__(self, config, door, grace):
+        super().__init__(config)
+        self.door, self.grace = door, grace
+
+    @contextlib.contextmanager
+    def capture_signals(self):
+        loop = asyncio.get_running_loop()
+
+        def leave():
+            self.door.close()
+            loop.call_later(self.grace, self.door.abort_all)
+            self.should_exit = True
+        for s in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(s, leave)
+        yield
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Serve a model through OpenAI's HTTP interface.", allow_abbrev=False)
+    parser.add_argument("--model", required=True, help="checkpoint folder, or a preset (random weights)")
+    parser.add_argument("--strategy", default="neo", help=", ".join(STRATEGIES))
+    parser.add_argument("--host", default="127.0.0.1", help="address to bind (default: this machine only)")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--api-key", metavar="KEY", help="ask clients for this key")
+    parser.add_argument("--max-queue", type=int, default=256, metavar="N", help="requests that may wait; more get HTTP 429")
+    parser.add_argument("--max-body", type=int, default=1 << 22, metavar="BYTES", help="of a request; larger ones get HTTP 413")
+    parser.add_argument("--buffer", type=int, default=1024, metavar="N", help="tokens a client may fall behind before its request "
+                        "is aborted")
+    parser.add_argument("--grace", type=float, default=30.0, metavar="S", help="seconds that requests in flight get when the server leaves")
+    add_engine_args(parser)
+    args = parser.parse_args(argv)
+    try:
+        for name, least in (("max_queue", 1), ("max_body", 1), ("buffer", 1), ("grace", 0)):
+            if getattr(args, name) < least:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {least} or more")
+        llm = LLM(args.model, args.strategy, **engine_args(args))
+        template = load_chat_template(llm.name, llm.tokenizer)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted before the first request")
+    print(llm.describe(), file=sys.stderr)
+    door = Door(llm, args.max_queue, args.buffer)
+    config = uvicorn.Config(make_app(llm, door, template, args.api_key, args.max_body), host=args.host, port=args.port,
+                            log_level="warning", timeout_graceful_shutdown=int(args.grace) + 2)
+    server = Server(config, door, args.grace)
+    print(f"serving    http://{args.host}:{args.port}/v1", file=sys.stderr, flush=True)
+    server.run()
+    door.join()
+
+
+if __name__ == "__main__":
+    main()
