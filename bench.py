@@ -360,7 +360,7 @@ def prepare(args):
     if not on_gpu and args.gpu_blocks is None and args.gpu_mem is None:
         block = args.block_size or BLOCK_SIZE     # the emulated GPU is as short of memory as the paper's T4: two requests
         engine["gpu_blocks"] = max(2 * math.ceil(1.1 * statistics.fmean(totals) / block), math.ceil(max(totals) / block))
-    if args.max_model_len is None and (args.max_batch_tokens is None or args.max_batch_tokens >= max(totals)):
+    if args.max_model_len is None:
         engine["max_model_len"] = max(totals)
     llm = LLM(args.model, max(strategies, key=lambda s: len(STRATEGIES[s].tiers)), **engine)
     limits = []

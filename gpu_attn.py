@@ -16,6 +16,7 @@ import importlib.util
 import inspect
 import os
 import warnings
+from functools import lru_cache
 from itertools import accumulate
 
 import torch
@@ -53,7 +54,7 @@ class TorchAttention:
         for n, m in zip(lens, kv_lens):
             qi = q[at:at + n].transpose(0, 1)[None]                                             # [1, H, n, D]
             ki, vi = (t[kv_at:kv_at + m].transpose(0, 1)[None] for t in (k, v))                 # [1, Hkv, m, D]
-            if qi.is_cuda:                          # its kernels that need no [n, m] scores in memory want equal heads
+            if qi.is_cuda and G > 1:                # its kernels that need no [n, m] scores in memory want equal heads
                 ki, vi = (t.repeat_interleave(G, 1) for t in (ki, vi))
             mask = dict(is_causal=True) if n == m else dict(attn_mask=causal_lower_right(n, m))
             o = F.scaled_dot_product_attention(qi, ki, vi, scale=scale, enable_gqa=ki.shape[1] != qi.shape[1], **mask)
@@ -110,11 +111,17 @@ class TritonAttention(TorchAttention):
         self.kernel(q, k_cache, v_cache, block_table, seq_lens, scale, out)
 
     def prefill(self, q, k, v, lens, kv_lens, scale, out):
-        if not self.flash:
+        if not self.flash or q.shape[2] % 8 or q.shape[2] > 256:              # heads that FlashAttention takes
             return super().prefill(q, k, v, lens, kv_lens, scale, out)
-        ends = torch.tensor([[0, *accumulate(x)] for x in (lens, kv_lens)], dtype=torch.int32)
-        ends = ends.pin_memory().to(q.device, non_blocking=True) if q.is_cuda else ends
+        ends = row_ends(tuple(lens), tuple(kv_lens), q.device)
         out.copy_(self.flash(q, k, v, ends[0], ends[1], max(lens), max(kv_lens), scale))
+
+
+@lru_cache(4)                                       # every layer of a sub-batch asks for the same
+def row_ends(lens, kv_lens, device):
+    """Cumulated lengths, [2, len(lens) + 1] int32 on the device."""
+    ends = torch.tensor([[0, *accumulate(x)] for x in (lens, kv_lens)], dtype=torch.int32)
+    return ends.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ends
 
 
 def find_varlen(device, dtype):

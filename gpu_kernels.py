@@ -26,7 +26,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MOST_CHUNK = 1024               # tokens of a chunk: long sequences are split at least so far, or the last one is waited for
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["t_b", "o_s", "chunk"])
 def _decode(q, k_cache, v_cache, table, lens, o, lse, scale, q_b, q_h, c_b, c_h, t_b, o_b, o_h, o_s, bs, chunk, H,
             G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr,
             WIDE: tl.constexpr):
@@ -98,7 +98,7 @@ def _merge(part, lse, lens, o, o_b, chunk, chunks, H, D: tl.constexpr, DP: tl.co
 @triton.jit
 def _store(k, v, k_cache, v_cache, slots, k_n, v_n, c_b, c_h, bs, W, D: tl.constexpr, WP: tl.constexpr):
     """k, v [n, Hkv, D], W = Hkv D -> caches [num_blocks, Hkv, bs, D] at slots [n]."""
-    n, w = tl.program_id(0), tl.arange(0, WP)
+    n, w = tl.program_id(0).to(tl.int64), tl.arange(0, WP)
     slot = tl.load(slots + n).to(tl.int64)
     if slot >= 0:
         to = slot // bs * c_b + w // D * c_h + slot % bs * D + w % D
@@ -109,7 +109,7 @@ def _store(k, v, k_cache, v_cache, slots, k_n, v_n, c_b, c_h, bs, W, D: tl.const
 @triton.jit
 def _rotate(x, cos, sin, positions, x_n, heads, HALF: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr):
     """RoPE on the first `heads` heads of x [N, ., 2 HALF], in place; cos, sin [max_len, HALF] float32."""
-    n, h, d = tl.program_id(0), tl.program_id(1) * HP + tl.arange(0, HP), tl.arange(0, DP)
+    n, h, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * HP + tl.arange(0, HP), tl.arange(0, DP)
     at = x + n * x_n + h[:, None] * (2 * HALF) + d[None, :]
     live = (h < heads)[:, None] & (d < HALF)[None, :]
     row = tl.load(positions + n) * HALF + d

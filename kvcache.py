@@ -7,7 +7,7 @@ A sequence's KV lies wholly in one tier at a time, in blocks of `block_size` tok
     cpu.k, cpu.v   [L, num_cpu_blocks, Hkv, bs, D]   ordinary host memory, touched only when first used
 
 `bind` turns a sub-batch of requests into `Inputs`: the integers the model needs, as tensors. Of a request only `id`,
-`num_kv`, `tier` and its tokens are read. Running short of blocks here is a scheduler bug, hence asserts.
+`num_kv`, `tier`, `rows` and its tokens are read. Running short of blocks here is a scheduler bug, hence asserts.
 Knows nothing of text, policy or model maths. Glossary of symbols: model.py.
 """
 import mmap
@@ -33,7 +33,8 @@ class Inputs:
     tokens: torch.Tensor        # [N] int32, device
     positions: torch.Tensor     # [N] int32, device
     last: torch.Tensor          # [S] int32, device: the rows that get sampled, one per request, in row order
-    prefill_lens: list          # rows of each prompt
+    prefill_lens: list          # rows of each prompt, whole or a chunk
+    prefill_past: list          # (tokens in the cache before those rows, their blocks as a tensor on the host) of each prompt
     num_stored: int             # the first rows, prompts bound for the CPU tier
     num_prefill: int            # all prompt rows
     num_gpu: int                # GPU decode rows, padding included
@@ -112,7 +113,7 @@ class KVCache:
         self.sequences = {}                                                  # request id -> Sequence
         self.table = np.zeros((16, -(-max_len // block_size)), np.int32)     # a row per resident request
         self.free_rows = list(range(15, -1, -1))
-        self.mover, self.moves = ThreadPoolExecutor(1, "mover"), []           # (layer, its copy) of the swaps at hand
+        self.mover, self.moves = ThreadPoolExecutor(1, "mover", torch.set_num_threads, (1,)), []           # (layer, its copy) of the swaps at hand
         self.stream = self.stage = None                                      # of the copies, on CUDA
 
     def reserve(self, request_id, tier, num_tokens):
@@ -196,15 +197,16 @@ class KVCache:
                         self.stream.synchronize()
 
     def bind(self, batch, index=0, bucket=lambda num_gpu, num_cpu: (num_gpu, num_cpu)):
-        """Reserve the slots of a scheduler.Batch and return its Inputs. Every request: `num_kv` tokens are in the
-        cache, the rest of its tokens (all of a prompt, one of a decode) are this iteration's rows.
+        """Reserve the slots of a scheduler.Batch and return its Inputs. Of every request `num_kv` tokens are in the cache; the
+        next `rows` of a prompt, the last one of a decode, are this iteration's rows.
 
         bucket  numbers of GPU and of CPU decode rows -> numbers they are padded to; asked where there are no prompts
         """
         bs, n_prompts, n_gpu, n_cpu = self.block_size, len(batch.prefill), len(batch.gpu), len(batch.cpu)
         requests = batch.prefill + batch.gpu + batch.cpu
-        prefill_lens = [r.num_tokens for r in batch.prefill]
-        tokens = [t for r in batch.prefill for t in r.tokens()] + [r.last_token for r in batch.gpu + batch.cpu]
+        prefill_lens = [r.rows for r in batch.prefill]
+        tokens = [t for r in batch.prefill for t in r.tokens(r.num_kv, r.num_kv + r.rows)]
+        tokens += [r.last_token for r in batch.gpu + batch.cpu]
         for r in requests:
             self.reserve(r.id, r.tier, r.num_tokens)
         seq_rows = np.array([self.sequences[r.id].row for r in requests], np.int64)
@@ -236,18 +238,48 @@ class KVCache:
         gpu_lens[:n_gpu] = lens[n_prompts:n_prompts + n_gpu]
         last = ends - 1
         last[n_prompts + n_gpu:] += gpu_to - n_gpu
+        last = last[[r.ends_prefill for r in batch.prefill] + [True] * (n_gpu + n_cpu)]
+        past = [(r.num_kv, torch.tensor(self.sequences[r.id].blocks[:-(-r.num_kv // bs)])) for r in batch.prefill]
         tokens, positions, last, gpu_slots, gpu_table, gpu_lens = self._to_device(
             padded(np.array(tokens)), padded(positions), last, padded(slots, -1)[stored:prompts + gpu_to], gpu_table, gpu_lens)
-        return Inputs(index, tokens, positions, last, prefill_lens, stored, prompts, gpu_to, n_cpu, gpu_slots, gpu_table,
+        return Inputs(index, tokens, positions, last, prefill_lens, past, stored, prompts, gpu_to, n_cpu, gpu_slots, gpu_table,
                       gpu_lens, np.concatenate([slots[:stored], slots[cpu_at:]]), table(n_prompts + n_gpu, n_cpu),
                       lens[n_prompts + n_gpu:])
 
     def _to_device(self, *arrays):
-        """Integer arrays -> int32 tensors on the device, by one copy that nobody waits for."""
-        packed = torch.empty(sum(a.size for a in arrays), dtype=torch.int32, pin_memory=self.device.type == "cuda")
-        packed.numpy()[:] = np.concatenate([a.ravel() for a in arrays])
-        there = packed.to(self.device, non_blocking=True).split([a.size for a in arrays])
-        return [t.view(a.shape) for t, a in zip(there, arrays)]
+        """Integer arrays -> int32 tensors on the device, by one copy that nobody waits for. Each starts at a multiple of 16
+        bytes: Triton compiles kernels anew for pointers that do not."""
+        ends = np.cumsum([-(-a.size // 4) * 4 for a in arrays]).tolist()
+        packed = torch.empty(ends[-1], dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        starts = [0, *ends[:-1]]
+        for start, a in zip(starts, arrays):
+            packed.numpy()[start:start + a.size] = a.ravel()
+        there = packed.to(self.device, non_blocking=True)
+        return [there[start:start + a.size].view(a.shape) for start, a in zip(starts, arrays)]
+
+    def with_past(self, layer, b, k, v):
+        """Prompts whose first chunks are in the cache: k, v [prompt rows, Hkv, D] of this chunk -> lengths, and k and v, with
+        what is cached before each. What lies in the CPU tier is brought to the device for it."""
+        if not any(n for n, _ in b.prefill_past):
+            return b.prefill_lens, k, v
+        parts, at = ([], []), 0
+        for rows, (past, blocks) in zip(b.prefill_lens, b.prefill_past):
+            tier = self.cpu if at < b.num_stored else self.gpu
+            for part, new, cache in zip(parts, (k, v), (tier.k[layer], tier.v[layer])):
+                if past:
+                    part.append(self._gather(cache, blocks)[:past])
+                part.append(new[at:at + rows])
+            at += rows
+        return [rows + past for rows, (past, _) in zip(b.prefill_lens, b.prefill_past)], *(torch.cat(p) for p in parts)
+
+    def _gather(self, cache, blocks):
+        """Blocks of a cache [num_blocks, Hkv, bs, D] -> [tokens, Hkv, D] on the device."""
+        if cache.device == self.device:
+            found = cache[blocks.to(self.device)]
+        else:
+            stage = torch.empty(len(blocks), *cache.shape[1:], dtype=cache.dtype, pin_memory=True)
+            found = torch.index_select(cache, 0, blocks, out=stage).to(self.device, non_blocking=True)
+        return found.transpose(1, 2).flatten(0, 1)
 
     def _new_row(self):
         if not self.free_rows:

@@ -6,7 +6,7 @@ The pass is a generator; pipelining is two generators taking turns (NEO, section
     CPU               [ cpu A,0  ] [ cpu B,0   ][ cpu A,1  ] [ cpu B,1 ] ...
 
 lin = linear parts, att = attention of prefill and GPU-decode rows, cpu = attention of CPU-decode rows. With no GPU a
-worker thread plays it (ThreadQueue) and everything else is the same code. Knows nothing of requests, clocks or policy.
+worker thread plays it (queues.py) and everything else is the same code. Knows nothing of requests, clocks or policy.
 
 Glossary of symbols, for every file:
     N rows (tokens) of a sub-batch     B sequences        S rows that get sampled
@@ -16,8 +16,8 @@ Glossary of symbols, for every file:
 """
 import math
 import time
+import warnings
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,136 +29,10 @@ from tqdm import tqdm
 import cpu_attn
 from checkpoint import PRESETS, read_tensors
 from kvcache import FORMATS, to_numpy, zeros
+from queues import CudaQueue, ThreadQueue
 
 MOST_CAPTURED = 512     # GPU or CPU decode rows of a captured sub-batch; beyond that launches cost little beside the work
-
-# ------------------------------------------------------------------------------------------------------- the queues
-
-class ThreadQueue:
-    """A worker thread that plays the GPU: runs what is submitted, in order, on `threads` cores."""
-
-    def __init__(self, threads):
-        self.pool = ThreadPoolExecutor(1, "gpu", initializer=self._start, initargs=(threads,))
-        self.pending, self.spans, self.failed = [], [], False
-
-    @staticmethod
-    def _start(threads):
-        cpu_attn.set_threads(threads)           # thread-local: CPU attention on the main thread has its own number
-        torch.set_num_threads(threads)
-
-    def begin(self):
-        """A new run: forget the records of the last one."""
-        self.spans = []
-
-    def submit(self, fn, i, batch, *args):
-        """Queue fn(i, batch, *args) and return at once with a handle for `wait`."""
-        job = self.pool.submit(self._work, fn, i, batch, *args)
-        self.pending.append(job)
-        return job
-
-    send = fetch = submit                       # copies to the host and back: here there is no second engine for them
-
-    @torch.inference_mode()                     # thread-local: the worker must enter it itself
-    def _work(self, fn, i, batch, *args):
-        if self.failed:
-            return                              # its inputs were never made; drain() raises the first error
-        start = time.perf_counter()
-        try:
-            fn(i, batch, *args)
-        except BaseException:
-            self.failed = True
-            raise
-        self.spans.append(("gpu", fn.__name__, i, batch.index, start, time.perf_counter()))
-
-    def wait(self, job):
-        """Block until a submitted job is done; raises what it raised."""
-        job.result()
-
-    def drain(self):
-        """Wait for everything and raise the first error."""
-        pending, self.pending = self.pending, []
-        errors = [e for e in (job.exception() for job in pending) if e]
-        self.failed = False
-        if errors:
-            raise errors[0]
-
-    def records(self):
-        """(lane, stage, layer, sub-batch, start s, end s) of the run."""
-        return self.spans
-
-    def capture(self, calls):
-        """Nothing to capture: here a launch is a call."""
-        return calls
-
-
-class CudaQueue:
-    """The current CUDA stream, and one for the copies each way. Work is launched at once; waiting is by events."""
-
-    def __init__(self):
-        self.out, self.back, self.side = (torch.cuda.Stream() for _ in range(3))
-        self.pool = torch.cuda.graph_pool_handle()
-        self.spans, self.spare = [], []         # (lane, stage, layer, sub-batch, start event, end event); events to reuse
-
-    def begin(self):
-        self.spare += [e for span in self.spans for e in span[4:]]
-        self.spans, self.base_time, self.base = [], time.perf_counter(), self._mark()
-
-    def _mark(self):
-        event = self.spare.pop() if self.spare else torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def submit(self, fn, i, batch, *args, lane="gpu"):
-        start = self._mark()
-        fn(i, batch, *args)
-        end = self._mark()
-        self.spans.append((lane, fn.__name__, i, batch.index, start, end))
-        return end
-
-    def send(self, fn, i, batch):
-        """Copies to the host, behind what was submitted so far and beside what comes next; a handle for `wait`."""
-        self.out.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.out):
-            return self.submit(fn, i, batch, lane="copy")
-
-    def fetch(self, fn, i, batch):
-        """Copies from the host, beside what was submitted so far and before what comes next."""
-        with torch.cuda.stream(self.back):
-            self.submit(fn, i, batch, lane="copy")
-        torch.cuda.current_stream().wait_stream(self.back)
-
-    def wait(self, event):
-        event.synchronize()
-
-    def drain(self):
-        """Nothing to wait for: whatever uses a result is behind it on the stream."""
-
-    def records(self):
-        """As ThreadQueue's; waits for the GPU."""
-        if self.spans:
-            self.spans[-1][5].synchronize()
-            torch.cuda.current_stream().synchronize()
-        at = lambda event: self.base_time + self.base.elapsed_time(event) / 1e3
-        return [(*span[:4], at(span[4]), at(span[5])) for span in self.spans]
-
-    def capture(self, calls):
-        """Calls without arguments, their inputs and outputs in memory that stays -> replays of their captured kernels.
-        One pool serves the temporaries of all, as replays follow each other on one stream. By hand, as torch.cuda.graph
-        collects garbage and synchronises each time, and there are two captures a layer."""
-        replays = []
-        torch.cuda.synchronize()
-        with torch.cuda.stream(self.side):
-            for call in calls:                  # kernels compiled, workspaces allocated
-                call()
-            for call in calls:
-                graph = torch.cuda.CUDAGraph()
-                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-                call()
-                graph.capture_end()
-                replays.append(graph.replay)
-        torch.cuda.synchronize()
-        return replays
-
+MOST_BUCKETS = 64       # sizes that are captured; each holds two graphs a layer, some MB of the driver's own memory
 
 # --------------------------------------------------------------------------------------------------------- the model
 
@@ -177,16 +51,18 @@ class HostBuffers:
     """Where q, k, v of a sub-batch's CPU rows arrive and their attention output leaves; pinned on CUDA."""
 
     def __init__(self, cfg, dtype, pin):
-        self.cfg, self.dtype, self.pin, self.rows = cfg, dtype, pin, 0
+        H, Hkv, D = cfg.n_head, cfg.n_kv_head, cfg.head_dim
+        self.kinds = {"q": (H, D, torch.float32), "o": (H, D, torch.float32), "k": (Hkv, D, dtype), "v": (Hkv, D, dtype)}
+        self.pin, self.np = pin, {}
 
-    def fit(self, rows):
-        if rows > self.rows:
-            self.rows = max(2 * self.rows, rows)
-            H, Hkv, D = self.cfg.n_head, self.cfg.n_kv_head, self.cfg.head_dim
-            new = lambda heads, dtype: torch.empty(self.rows, heads, D, dtype=dtype, pin_memory=self.pin)
-            self.q, self.o = new(H, torch.float32), new(H, torch.float32)
-            self.k, self.v = new(Hkv, self.dtype), new(Hkv, self.dtype)
-            self.np = {"q": self.q.numpy(), "o": self.o.numpy(), "k": to_numpy(self.k), "v": to_numpy(self.v)}
+    def fit(self, num_cpu, host_rows):
+        """Make room for num_cpu decode rows, and for host_rows rows of k and v."""
+        for name, (heads, D, dtype) in self.kinds.items():
+            rows = num_cpu if name in "qo" else host_rows
+            if name not in self.np or len(self.np[name]) < rows:
+                t = torch.empty(2 * rows, heads, D, dtype=dtype, pin_memory=self.pin)
+                setattr(self, name, t)
+                self.np[name] = to_numpy(t)
 
 
 class Model:
@@ -212,7 +88,7 @@ class Model:
         self.format = FORMATS[dtype]
         self.random_weights = model in PRESETS
         self.host = [HostBuffers(cfg, dtype, device.type == "cuda") for _ in range(2)]
-        self.cpu_spans = []
+        self.cpu_spans, self.captured = [], False              # of the last run; did it stop to capture something?
         self._allocate()
         if self.random_weights:
             self._randomise(seed)
@@ -312,7 +188,8 @@ class Model:
         if end > b.num_stored:
             self.attn.store(k[b.num_stored:end], v[b.num_stored:end], k_cache, v_cache, b.gpu_slots)
         if p:
-            self.attn.prefill(q[:p], k[:p], v[:p], b.prefill_lens, b.prefill_lens, scale, o[:p])
+            kv_lens, k_all, v_all = kv.with_past(i, b, k[:p], v[:p])
+            self.attn.prefill(q[:p], k_all, v_all, b.prefill_lens, kv_lens, scale, o[:p])
         if b.num_gpu:
             self.attn.decode(q[p:end], k_cache, v_cache, b.gpu_table, b.gpu_lens, scale, o[p:end])
 
@@ -373,7 +250,7 @@ class Model:
 
         depth  stop after so many layers, for profiling; default all
         """
-        self.cpu_spans = []
+        self.cpu_spans, self.captured = [], False
         self.gpu.begin()
         cpu_attn.set_threads(self.cpu_threads)
         turns = deque(self.forward(b, kv, depth or self.cfg.n_layer) for b in batches)
@@ -408,24 +285,14 @@ class Model:
     def place(self, b, kv):
         """Give b its working tensors; returns (linear, attend) to run it with."""
         N, num_gpu = len(b.tokens), b.num_gpu
-        self.host[b.index].fit(b.host_rows)
-        if self.eager or b.num_prefill or max(num_gpu, N - num_gpu) > MOST_CAPTURED:
+        self.host[b.index].fit(b.num_cpu, b.host_rows)
+        replays = None if self.eager or b.num_prefill or max(num_gpu, N - num_gpu) > MOST_CAPTURED else self._replays(b, kv)
+        if replays is None:
             b.x, b.qkv, b.o = self._working(N)
             return self.linear, self.attend
-        if not self.static:
-            self.reserve(kv.table.shape[1])
-        integers, (x, qkv, o) = self.static[b.index]
-        tokens, positions, slots, lens, table = integers
+        (*rows, table), (x, qkv, o) = self.static[b.index]
         b.x, b.qkv, b.o = x[:N], qkv[:N], o[:N]
-        key = b.index, num_gpu, N
-        if key not in self.graphs:
-            slots.fill_(-1), lens.zero_()                       # what is captured runs once or twice, on nobody's behalf
-            there = replace(b, tokens=tokens[:N], positions=positions[:N], gpu_slots=slots[:num_gpu], gpu_lens=lens[:num_gpu],
-                            gpu_table=table[:num_gpu])
-            self.graphs[key] = self.gpu.capture([partial(stage, i, there, *kvs) for i in range(self.cfg.n_layer)
-                                                 for stage, kvs in ((self.linear, ()), (self.attend, (kv,)))])
-        replays = self.graphs[key]
-        for static, new in zip(integers, (b.tokens, b.positions, b.gpu_slots, b.gpu_lens)):
+        for static, new in zip(rows, (b.tokens, b.positions, b.gpu_slots, b.gpu_lens)):
             static[:len(new)].copy_(new)
         table[:num_gpu, :b.gpu_table.shape[1]].copy_(b.gpu_table)
 
@@ -433,8 +300,31 @@ class Model:
             replays[2 * i]()
 
         def attend(i, b, kv):
-            replays[2 * i + 1]()
+            if num_gpu:
+                replays[2 * i + 1]()
         return linear, attend
+
+    def _replays(self, b, kv):
+        """The captured stages of b's bucket: linear and attend of layer 0, of layer 1 ...; captured now if they are not yet.
+        None if that is not possible."""
+        key = _, _, N = b.index, b.num_gpu, len(b.tokens)
+        if not self.static:
+            self.reserve(kv.table.shape[1])
+        if key not in self.graphs and len(self.graphs) < MOST_BUCKETS:
+            (tokens, positions, slots, lens, table), (x, qkv, o) = self.static[b.index]
+            slots.fill_(-1), lens.zero_()                       # what is captured runs once or twice, on nobody's behalf
+            there = replace(b, tokens=tokens[:N], positions=positions[:N], gpu_slots=slots[:b.num_gpu], gpu_lens=lens[:b.num_gpu],
+                            gpu_table=table[:b.num_gpu], x=x[:N], qkv=qkv[:N], o=o[:N])
+            idle = lambda i, b, kv: None                        # an empty graph is refused
+            stages = ((self.linear, ()), (self.attend if b.num_gpu else idle, (kv,)))
+            self.captured = True
+            try:
+                self.graphs[key] = self.gpu.capture([partial(stage, i, there, *kvs) for i in range(self.cfg.n_layer)
+                                                     for stage, kvs in stages])
+            except torch.OutOfMemoryError as error:
+                warnings.warn(f"no memory to capture decodes of {N} rows ({error}): these are launched kernel by kernel")
+                self.graphs[key] = None
+        return self.graphs.get(key)
 
     def _working(self, N):
         """x [N, E], qkv [N, H + 2 Hkv, D], o [N, H, D]."""

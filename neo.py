@@ -13,6 +13,7 @@ import random
 import statistics
 import sys
 import time
+from collections import deque
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -101,7 +102,7 @@ class LLM:
     gpu_blocks        KV blocks of the GPU tier; overrides gpu_mem
     block_size        tokens per block; default 16
     max_model_len     longest prompt + output, in tokens; default what model and cache allow, at most 8192
-    max_batch_tokens  prompt tokens per iteration; default 2048, or max_model_len if that is more
+    max_batch_tokens  prompt tokens per iteration; default 2048. Longer prompts are prefilled in chunks
     gpu_threads       cores of the emulated GPU;  cpu_threads  cores for CPU attention
     gpu_attn          attention on the GPU tier: auto, or a back end of gpu_attn.py (torch, numba, triton)
     eager             launch every GPU kernel by itself, instead of capturing decodes in CUDA graphs
@@ -139,6 +140,7 @@ class LLM:
         self.load_seconds = time.perf_counter() - started
         if self.device.type == "cuda" and gpu_blocks is None:
             budget.num_blocks["gpu"] = measure_gpu_blocks(self, gpu_mem, draw_some)
+            budget.check_length(strategy, max_model_len)
         self.kv = self._cache()
         self.clock, self.wait = time.perf_counter, time.sleep
         warm_up(self)
@@ -182,7 +184,7 @@ class LLM:
                                    budget.max_batch_tokens, self.perf)
         self.strategy, self.outputs, self.requests, self.count = strategy, {}, {}, 0
         self.time = dict.fromkeys(("wall", "model", "gpu_busy", "cpu_busy"), 0.0)
-        self.swapped_before, self.errors = self.kv.swapped_blocks, []
+        self.swapped_before, self.errors = self.kv.swapped_blocks, deque(maxlen=4096)
 
     # ---- requests in, tokens out
 
@@ -252,7 +254,7 @@ class LLM:
                 if requests:
                     self.kv.swap([r.id for r in requests], tier)
             inputs = [self.kv.bind(b, i, self.model.bucket) for i, b in enumerate(plan.batches)]
-            outs = [[self.outputs[r.id] for r in b.requests] for b in plan.batches]
+            outs = [[self.outputs[r.id] for r in b.sampled] for b in plan.batches]
             t1 = self.clock()
             self.model.run(inputs, self.kv)
             tokens = [t for b, rows in zip(inputs, outs) for t in sample(b.logits, rows)]
@@ -295,17 +297,17 @@ class LLM:
 
     def _measure(self, plan, t0, t1, t2, t3):
         records = self.model.records
-        busy = {lane: sum(r[5] - r[4] for r in records if r[0] == lane) for lane in ("gpu", "cpu")}
+        busy = {lane: sum(r[5] - r[4] for r in records if r[0] == lane) for lane in ("gpu", "cpu", "copy")}
         self.time["wall"] += t3 - t0
         self.time["model"] += t2 - t1
         self.time["gpu_busy"] += busy["gpu"]
         self.time["cpu_busy"] += busy["cpu"]
-        measured = Prediction(1e3 * (t3 - t0), 1e3 * busy["gpu"], 1e3 * busy["cpu"])
-        if plan.predicted:
+        measured = Prediction(1e3 * (t3 - t0), 1e3 * busy["gpu"], 1e3 * (busy["cpu"] + busy["copy"]))
+        if plan.predicted and not self.model.captured:
             self.errors.append(abs(plan.predicted.total / measured.total - 1))
             self.perf.observe(plan.predicted, measured)
         if self.verbose:
-            rows = " | ".join(f"prefill {sum(r.num_kv for r in b.prefill):5d} gpu {len(b.gpu):3d} cpu {len(b.cpu):3d}"
+            rows = " | ".join(f"prefill {sum(r.rows for r in b.prefill):5d} gpu {len(b.gpu):3d} cpu {len(b.cpu):3d}"
                               for b in plan.batches)
             print(f"iteration {self.scheduler.iteration:5d}  {rows}  waiting {len(self.scheduler.waiting):3d}  "
                   f"predicted {plan.predicted.total if plan.predicted else float('nan'):8.1f} ms  "
@@ -358,7 +360,7 @@ class LLM:
     def stats(self):
         """Counters since the last reset, times in seconds, and the present state of both tiers in blocks."""
         s, t = self.scheduler, self.time
-        return {**{k: s.stats[k] for k in ("iterations", "pipelined_iterations", "preemptions", "prefill_tokens",
+        return {**{k: s.stats[k] for k in ("iterations", "pipelined_iterations", "preemptions", "prefill_tokens", "chunks",
                                            "cpu_prefills", "gpu_decode_tokens", "cpu_decode_tokens")},
                 "swapped_blocks": self.kv.swapped_blocks - self.swapped_before,
                 "mean_batch_size": s.stats["rows"] / max(s.stats["iterations"], 1),
@@ -455,7 +457,7 @@ def add_engine_args(parser):
     parser.add_argument("--cpu-mem", type=float, metavar="GIB", help="KV in host memory")
     parser.add_argument("--block-size", type=int, metavar="N", help=f"tokens per block (default {BLOCK_SIZE})")
     parser.add_argument("--max-model-len", type=int, metavar="N", help="longest prompt + output, in tokens")
-    parser.add_argument("--max-batch-tokens", type=int, metavar="N", help="prompt tokens per iteration")
+    parser.add_argument("--max-batch-tokens", type=int, metavar="N", help="prompt tokens per iteration; longer prompts are prefilled in chunks")
     parser.add_argument("--gpu-threads", type=int, metavar="N", help="cores that play the GPU")
     parser.add_argument("--cpu-threads", type=int, metavar="N", help="cores for CPU attention")
     parser.add_argument("--gpu-attn", default="auto", help=f"attention on the GPU tier: auto, {', '.join(BACKENDS)}")

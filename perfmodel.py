@@ -15,6 +15,7 @@ logits that the simulated model hands back.
 import json
 from bisect import bisect_left
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -53,10 +54,15 @@ class PerfModel:
     def __init__(self, n_layer, token_bytes):
         self.n_layer, self.token_bytes = n_layer, token_bytes
 
-    def load(self, n_tokens, prompts=(), n_stored=0, gpu_kv=0, n_cpu=0, cpu_kv=0):
-        """Work of a sub-batch of n_tokens rows: whole prompts of the given lengths, n_stored of their tokens bound for
-        the CPU tier; GPU decodes over gpu_kv cached tokens; n_cpu CPU decodes over cpu_kv."""
-        gpu = (self.prefill(prompts) if prompts else 0.0) + (self.gpu_decode(gpu_kv) if gpu_kv else 0.0)
+    def load(self, n_tokens, prompts=(), n_stored=0, n_fetched=0, gpu_kv=0, n_cpu=0, cpu_kv=0):
+        """Work of a sub-batch of n_tokens rows: prompts, each (tokens cached before, tokens cached after), n_stored of their
+        rows bound for the CPU tier and n_fetched of their earlier tokens there; GPU decodes over gpu_kv cached tokens; n_cpu
+        CPU decodes over cpu_kv."""
+        gpu = (self.prefill([end for _, end in prompts]) if prompts else 0.0) + (self.gpu_decode(gpu_kv) if gpu_kv else 0.0)
+        if began := [start for start, _ in prompts if start]:            # attention over n + m tokens less that over n
+            gpu -= self.prefill(began)
+        if n_fetched:
+            gpu += self.transfer(n_fetched * self.token_bytes)
         cpu = self.cpu_time(n_cpu, cpu_kv) + (self.transfer(n_stored * self.token_bytes) * self.cpu_scale if n_stored
                                               else 0.0)
         return Load(self.linear(n_tokens) * self.gpu_scale if n_tokens else 0.0, gpu * self.gpu_scale, cpu)
@@ -267,7 +273,7 @@ class Roofline(PerfModel):
 class SimulatedModel:
     """Takes model.Model's place: runs nothing, advances a virtual clock by what `perf` says, samples token 0."""
     def __init__(self, perf):
-        self.perf, self.now, self.records, self.swapped = perf, 0.0, [], 0
+        self.perf, self.now, self.records, self.swapped, self.captured = perf, 0.0, [], 0, False
 
     def clock(self):
         """Virtual seconds."""
@@ -287,8 +293,12 @@ class SimulatedModel:
         perf, start = self.perf, self.now
         blocks, self.swapped = kv.swapped_blocks - self.swapped, kv.swapped_blocks
         start += perf.n_layer * perf.transfer(blocks * kv.block_size * perf.token_bytes) / 1e3 if blocks else 0.0
-        loads = [perf.load(len(b.tokens), b.prefill_lens, b.num_stored, int(b.gpu_lens.sum()), b.num_cpu,
-                           int(b.cpu_lens.sum())) for b in batches]
+        loads = []
+        for b in batches:
+            past = [n for n, _ in b.prefill_past]
+            stored = list(accumulate(b.prefill_lens)).index(b.num_stored) + 1 if b.num_stored else 0     # prompts
+            loads.append(perf.load(len(b.tokens), [(n, n + rows) for n, rows in zip(past, b.prefill_lens)], b.num_stored,
+                                   sum(past[:stored]), int(b.gpu_lens.sum()), b.num_cpu, int(b.cpu_lens.sum())))
         t = perf.iteration(loads, [len(b.last) for b in batches])
         self.now = start + t.total / 1e3
         self.records = [(lane, "iteration", 0, 0, start, start + ms / 1e3) for lane, ms in (("gpu", t.gpu), ("cpu", t.cpu))]

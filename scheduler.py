@@ -36,7 +36,8 @@ class Request:
     output: list = field(default_factory=list)
     arrival: int = 0                   # order of arrival
     tier: str = None                   # "gpu" or "cpu" while its KV lies there
-    num_kv: int = 0                    # tokens in the cache: 0 before prefill, then all but the last
+    num_kv: int = 0                    # tokens in the cache: 0 before prefill, growing by chunks, then all but the last
+    rows: int = 0                      # prompt tokens that are prefilled in this iteration
     num_blocks: int = 0                # blocks counted for it
     moved: int = 0                     # iteration in which it last got a token
     finish_reason: str = None          # "stop", "length" or "abort"
@@ -49,13 +50,24 @@ class Request:
     def last_token(self):
         return self.output[-1]
 
-    def tokens(self):
-        """Everything to prefill: after a preemption, what it had produced is computed again with the prompt."""
-        return self.prompt + self.output
+    @property
+    def decodes(self):
+        """Is it past its prefill, and gets a token from each iteration that it is part of?"""
+        return bool(self.output) and self.num_kv == self.num_tokens - 1
+
+    @property
+    def ends_prefill(self):
+        """Will this iteration's rows complete its prefill, so that it gets a token?"""
+        return self.num_kv + self.rows == self.num_tokens
+
+    def tokens(self, start, stop):
+        """A part of all there is to prefill: after a preemption, what it had produced is computed again with the prompt."""
+        return (self.prompt + self.output)[start:stop] if stop > len(self.prompt) else self.prompt[start:stop]
 
 
 class Batch:
-    """One sub-batch. Rows: [prefill, CPU-bound prompts first | GPU decode | CPU decode]."""
+    """One sub-batch. Rows: [prefill, CPU-bound prompts first | GPU decode | CPU decode]. A prompt is prefilled by its next
+    `rows` tokens."""
 
     def __init__(self, prefill=(), gpu=(), cpu=()):
         self.prefill = sorted(prefill, key=lambda r: r.tier != "cpu")
@@ -65,12 +77,23 @@ class Batch:
     def requests(self):
         return self.prefill + self.gpu + self.cpu
 
+    @property
+    def sampled(self):
+        """The requests that get a token, in the order of rows: all but prompts with more chunks to come."""
+        return [r for r in self.prefill if r.ends_prefill] + self.gpu + self.cpu
+
     def load(self, perf):
         """Its predicted work per layer: perfmodel.Load."""
-        prompts = [r.num_tokens for r in self.prefill]
-        return perf.load(sum(prompts) + len(self.gpu) + len(self.cpu), prompts,
-                         sum(r.num_tokens for r in self.prefill if r.tier == "cpu"),
-                         sum(r.num_tokens for r in self.gpu), len(self.cpu), sum(r.num_tokens for r in self.cpu))
+        return perf.load(sum(r.rows for r in self.prefill) + len(self.gpu) + len(self.cpu),
+                         gpu_kv=sum(r.num_tokens for r in self.gpu), n_cpu=len(self.cpu),
+                         cpu_kv=sum(r.num_tokens for r in self.cpu), **prompt_work(self.prefill))
+
+
+def prompt_work(prefill):
+    """What PerfModel.load wants to know of prompts."""
+    cpu = [r for r in prefill if r.tier == "cpu"]
+    return dict(prompts=[(r.num_kv, r.num_kv + r.rows) for r in prefill], n_stored=sum(r.rows for r in cpu),
+                n_fetched=sum(r.num_kv for r in cpu))
 
 
 @dataclass
@@ -87,12 +110,16 @@ class Plan:
     def requests(self):
         return [r for b in self.batches for r in b.requests]
 
+    @property
+    def sampled(self):
+        return [r for b in self.batches for r in b.sampled]
+
 
 class Scheduler:
     """Queues and block accounting; the strategy decides with the verbs below.
 
     num_blocks        {"gpu": blocks, "cpu": blocks} the cache has; a strategy uses only the tiers it names
-    max_batch_tokens  prompt tokens admitted in one iteration
+    max_batch_tokens  prompt tokens of one iteration; longer prompts are prefilled in chunks
     perf              perfmodel.PerfModel, or None where the strategy does not predict
 
     Raises ValueError on an unknown strategy.
@@ -139,14 +166,19 @@ class Scheduler:
             for r in b.gpu + b.cpu:
                 self._hold(r, r.tier, r.num_tokens)
         if self.perf:
-            loads, samples = [b.load(self.perf) for b in plan.batches], [len(b.requests) for b in plan.batches]
+            loads, samples = [b.load(self.perf) for b in plan.batches], [len(b.sampled) for b in plan.batches]
             plan.predicted = self.perf.iteration(loads, samples) if loads else None
         self._count(plan)
         return plan
 
     def commit(self, plan, tokens):
-        """Book one sampled token per row of plan.requests; finish those that reached a stop id or their length."""
-        for r, token in zip(plan.requests, tokens, strict=True):
+        """Book the rows that were run and one token for each of plan.sampled; finish those that reached a stop id or their
+        length."""
+        sampled = plan.sampled
+        for b in plan.batches:
+            for r in b.prefill:
+                r.num_kv, r.moved = r.num_kv + r.rows, self.iteration
+        for r, token in zip(sampled, tokens, strict=True):
             r.num_kv, r.moved = r.num_tokens, self.iteration
             r.output.append(token)
             if token in r.stop_ids:
@@ -173,13 +205,24 @@ class Scheduler:
 
     def decodes(self, tier):
         """Requests of a tier that have been prefilled, each good for one decode row."""
-        return [r for r in self.running[tier].values() if r.num_kv]
+        return [r for r in self.running[tier].values() if r.decodes]
 
     def admit(self, plan, tiers, may=lambda tier, request: True):
-        """Admit waiting prompts in order of arrival, each to the first of `tiers` that has room now, will have room
-        for what it is expected to grow to, and that may(tier, request) allows; stop at the first that must wait."""
+        """Give the iteration's prompt tokens out, in order of arrival: first to prompts that have begun, then to waiting ones,
+        each of which enters the first of `tiers` that has room for it now, will have room for what it is expected to grow
+        to, and that may(tier, request) allows; stop at the first that must wait."""
         budget, pace, room = self.max_batch_tokens, PACE, MAX_RUNNING - sum(map(len, self.running.values()))
-        while self.waiting and self.waiting[0].num_tokens <= budget and pace > 0 and room > 0 and not plan.preempted:
+        begun = [r for tier in tiers for r in self.running[tier].values() if not r.decodes]
+
+        def take(r):
+            nonlocal budget, pace
+            r.rows = min(r.num_tokens - r.num_kv, budget)
+            budget, pace = budget - r.rows, pace - r.rows
+            plan.prefill.append(r)
+        for r in sorted(begun, key=lambda r: r.arrival):
+            if min(budget, pace) > 0:
+                take(r)
+        while self.waiting and min(budget, pace, room) > 0 and not plan.preempted:
             r = self.waiting[0]
             need = self._blocks(r.num_tokens)
             tier = next((t for t in tiers if need <= self.slack[t] and may(t, r) and self._lasts(t, r)), None)
@@ -187,9 +230,7 @@ class Scheduler:
                 break
             self.waiting.popleft()
             self._enter(r, tier, r.num_tokens)
-            plan.prefill.append(r)
-            budget -= r.num_tokens
-            pace -= r.num_tokens
+            take(r)
             room -= 1
 
     def swap_in(self, plan):
@@ -236,7 +277,7 @@ class Scheduler:
         """Out of its tier: from the GPU to the CPU tier if there is room, else back to the queue, to be recomputed."""
         was = r.tier
         self._leave(r)
-        if was == "gpu" and self._blocks(r.num_tokens) <= self.free["cpu"] - self._growth("cpu"):
+        if was == "gpu" and r.decodes and self._blocks(r.num_tokens) <= self.free["cpu"] - self._growth("cpu"):
             r.tier = "cpu"
             self.running["cpu"][r.id] = r
             self._hold(r, "cpu", r.num_kv)
@@ -268,11 +309,12 @@ class Scheduler:
         s["iterations"] += 1
         s["pipelined_iterations"] += len(plan.batches) == 2
         s["preemptions"] += len(plan.preempted)
-        s["prefill_tokens"] += sum(r.num_tokens for r in plan.prefill)
-        s["cpu_prefills"] += sum(r.tier == "cpu" for r in plan.prefill)
+        s["prefill_tokens"] += sum(r.rows for r in plan.prefill)
+        s["chunks"] += sum(r.rows < r.num_tokens for r in plan.prefill)
+        s["cpu_prefills"] += sum(r.tier == "cpu" and r.ends_prefill for r in plan.prefill)
         s["gpu_decode_tokens"] += sum(len(b.gpu) for b in plan.batches)
         s["cpu_decode_tokens"] += sum(len(b.cpu) for b in plan.batches)
-        s["rows"] += len(plan.requests)
+        s["rows"] += len(plan.sampled)
 
 
 # -------------------------------------------------------------------------------------------------------- strategies
@@ -396,7 +438,7 @@ class Neo:
             return False
         n, kv = self.resident[0] + 1, self.resident[1] + request.num_tokens
         prompt, (rows, gpu_kv) = int(self.prompt_tokens) or request.num_tokens, self.gpu_load
-        busy, idle = perf.load(prompt + rows, [prompt], gpu_kv=gpu_kv), perf.load(rows or 1, gpu_kv=gpu_kv)
+        busy, idle = perf.load(prompt + rows, [(0, prompt)], gpu_kv=gpu_kv), perf.load(rows or 1, gpu_kv=gpu_kv)
         b = perf.load(n).linear
         most, least = (self._hidden(perf, kv / n, a.linear + a.gpu + b) for a in (busy, idle))
         price = self._cost("gpu") if self.gpu_tokens else float("inf")
@@ -425,10 +467,10 @@ class _Shapes:
 
     def __init__(self, perf, prefill, gpu, cpu):
         self.perf, self.cpu = perf, cpu
-        prompts = [r.num_tokens for r in prefill]
-        self.rows, self.samples = sum(prompts) + len(gpu), len(prefill) + len(gpu)
-        self.fixed = dict(prompts=prompts, n_stored=sum(r.num_tokens for r in prefill if r.tier == "cpu"),
-                          gpu_kv=sum(r.num_tokens for r in gpu))
+        self.rows = sum(r.rows for r in prefill) + len(gpu)
+        self.samples = sum(r.ends_prefill for r in prefill) + len(gpu)
+        self.worth = sum(r.rows / r.num_tokens for r in prefill) + len(gpu)     # a chunk is worth its share of the first token
+        self.fixed = dict(gpu_kv=sum(r.num_tokens for r in gpu), **prompt_work(prefill))
         self.decode_rows = len(gpu)
         self.kv = [0, *accumulate(r.num_tokens for r in cpu)]              # tokens of the first n
 
@@ -441,7 +483,7 @@ class _Shapes:
     def ms(self, n, b):
         """Predicted time of a shape."""
         loads = (self.a(b, n), self.b(b)) if b else (self.a(0, n),)
-        return self.perf.iteration(loads, (self.samples + n - b, b)).total if self.samples + n else 0.0
+        return self.perf.iteration(loads, (self.samples + n - b, b)).total if self.rows + n else 0.0
 
     def prompts_ms(self):
         """Predicted time of the prompts alone."""
@@ -452,7 +494,7 @@ class _Shapes:
 
     def rate(self, n, b):
         """Predicted tokens per ms."""
-        return (self.samples + n) / self.ms(n, b)
+        return (self.worth + n) / self.ms(n, b)
 
     def candidates(self, due):
         """[(n, b)]: GPU rows alone; one sub-batch with 1/8, 2/8 ... 8/8 of the CPU decodes, or as many as hide behind
@@ -462,7 +504,7 @@ class _Shapes:
         out = {(max(due, n), 0) for n in (free, *(total * i // 8 for i in range(9)))}
         if split := self._split(due):
             out.add(split)
-        return sorted((n, b) for n, b in out if n or self.samples) or [(0, 0)]
+        return sorted((n, b) for n, b in out if n or self.rows) or [(0, 0)]
 
     def _split(self, due):
         """As many CPU decodes as stay hidden: B's behind A's GPU work, then A's behind B's. A few rounds settle it,

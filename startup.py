@@ -28,12 +28,13 @@ GIB = 1 << 30
 DTYPES = {name: dtype for dtype, name in FORMATS.items()}
 BLOCK_SIZE = 16                # tokens per block, the paper's
 MAX_MODEL_LEN = 8192           # cap of the default; longer only if asked for
-MAX_BATCH_TOKENS = 2048        # default prompt tokens per iteration, at least max_model_len
+MAX_BATCH_TOKENS = 2048        # default prompt tokens per iteration
 EMULATED_GPU_TOKENS = 2048     # default KV budget of the emulated GPU: small, as the point is a GPU short of memory
 CUDA_SHARE = 0.95              # of the GPU memory that weights leave free, for activations and KV; the rest is a reserve
+GRAPH_BYTES = 256 << 20        # set aside for captured launches, which take memory of the driver's that torch does not count
 CPU_TIER_SHARE = 0.5           # of the host memory that is left, by default
 EMULATED_CPU_TIER = 4 * GIB    # at most so much of it where the GPU is emulated
-PROFILE_VERSION = 3            # of the measured profile: change it when what is measured changes
+PROFILE_VERSION = 4            # of the measured profile: change it when what is measured changes
 PROFILE_DIR = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "neo"
 
 
@@ -101,6 +102,13 @@ class Budget:
     max_model_len: int          # tokens of one request
     max_batch_tokens: int       # prompt tokens of one iteration
 
+    def check_length(self, strategy, asked):
+        """Raise ValueError if a max_model_len that was asked for (None: none was) does not fit in the strategy's larger tier."""
+        held = max(self.num_blocks[tier] for tier in STRATEGIES[strategy].tiers) * self.block_size
+        if held < 2 or (asked and asked > held):
+            raise ValueError(f"max_model_len = {self.max_model_len} tokens, but the KV budget of {strategy} holds {held} (its larger "
+                             "tier): raise --gpu-mem, --gpu-blocks or --cpu-mem, or lower --max-model-len")
+
 
 def host_memory():
     """Bytes of host memory that are free to use; half of it all where the system does not tell."""
@@ -130,11 +138,8 @@ def plan_budget(name, cfg, dtype, device, strategy, gpu_mem=None, gpu_blocks=Non
     if max_model_len and max_model_len > cfg.max_position:
         raise ValueError(f"max_model_len = {max_model_len}: the model knows {cfg.max_position} positions")
     block_size = block_size or BLOCK_SIZE
-    limit = max_model_len or min(cfg.max_position, max_batch_tokens or MAX_MODEL_LEN, MAX_MODEL_LEN)
-    max_batch_tokens = max_batch_tokens or max(MAX_BATCH_TOKENS, limit)
-    if max_batch_tokens < limit:
-        raise ValueError(f"max_batch_tokens = {max_batch_tokens} is below max_model_len = {limit}: a prompt is prefilled "
-                         "in one iteration, so raise the one or lower the other")
+    limit = max_model_len or min(cfg.max_position, MAX_MODEL_LEN)
+    max_batch_tokens = max_batch_tokens or MAX_BATCH_TOKENS
 
     weight_bytes = cfg.num_params * dtype.itemsize
     token_bytes = 2 * cfg.n_kv_head * cfg.head_dim * dtype.itemsize
@@ -171,26 +176,30 @@ def plan_budget(name, cfg, dtype, device, strategy, gpu_mem=None, gpu_blocks=Non
     if "cpu" in STRATEGIES[strategy].tiers and not num_blocks["cpu"]:
         raise ValueError(f"strategy {strategy} keeps KV in host memory, and the CPU tier of {fmt_gib(cpu_bytes)} holds no "
                          f"block of {fmt_gib(block_bytes)}: raise --cpu-mem, or use gpu-only")
-    held = max(num_blocks[tier] for tier in STRATEGIES[strategy].tiers) * block_size
-    if held < 2 or (max_model_len and max_model_len > held):
-        raise ValueError(f"max_model_len = {limit} tokens, but the KV budget of {strategy} holds {held} (its larger tier): "
-                         "raise --gpu-mem, --gpu-blocks or --cpu-mem, or lower --max-model-len")
-    return Budget(num_blocks, block_size, token_bytes, block_bytes, weight_bytes, limit, max_batch_tokens)
+    budget = Budget(num_blocks, block_size, token_bytes, block_bytes, weight_bytes, limit, max_batch_tokens)
+    budget.check_length(strategy, max_model_len)
+    return budget
 
 
-def largest_batches(budget, kv):
+def largest_batches(budget, kv, paged):
     """The sub-batches that take most memory: all prompt tokens of an iteration, in the longest prompts; and as many
-    decodes as may run, each over the longest sequence there can be (all of them the same block's)."""
+    decodes as may run, each over the longest sequence there can be (all of them the same block's) - unless attention is not
+    paged and would gather those sequences, which no memory holds."""
     def request(n, decode=False):
-        r = Request(("largest", len(kv.sequences)), [0] * n, 1, tier="gpu")
+        r = Request(("largest", len(kv.sequences)), [0] * n, 1, tier="gpu", rows=n)
         if decode:
             r.output, r.num_kv = [0], n
         return r
     whole, rest = divmod(budget.max_batch_tokens, budget.max_model_len)
     prompts = [request(n) for n in whole * [budget.max_model_len] + [rest] * (rest > 0)]
+    if not whole:                                                # the last chunk of the longest prompt
+        prompts = [request(budget.max_model_len)]
+        prompts[0].rows, prompts[0].num_kv = rest, budget.max_model_len - rest
     yield kv.bind(Batch(prompts))
     for r in prompts:
         kv.release(r.id)
+    if not paged:
+        return
     decodes = kv.bind(Batch(gpu=[request(1, True) for _ in range(MAX_RUNNING)]))
     width = kv.table.shape[1]
     decodes.gpu_table = decodes.gpu_table.new_zeros(MAX_RUNNING, width)
@@ -199,8 +208,8 @@ def largest_batches(budget, kv):
 
 
 def measure_gpu_blocks(llm, gpu_mem, draw):
-    """KV blocks that the GPU has room for beside the loaded weights and the largest activations. These are measured: one
-    layer of the largest sub-batches (the peak is the same in every layer) and draw(logits), which samples.
+    """KV blocks that the GPU has room for beside the loaded weights and the largest activations. These are measured: two
+    layers of the largest sub-batches (the peak is the same in every layer) and draw(logits), which samples.
 
     gpu_mem  GiB that weights, activations and KV share; None: what is free, but for a small reserve
 
@@ -211,20 +220,26 @@ def measure_gpu_blocks(llm, gpu_mem, draw):
         model.reserve(-(-budget.max_model_len // budget.block_size))
     cuda.empty_cache()
     held, eager, model.eager, peaks = cuda.memory_allocated(), model.eager, True, []
-    blocks = MAX_RUNNING + -(-2 * budget.max_batch_tokens // budget.block_size)    # any way the prompts are cut
-    kv = KVCache((1, cfg.n_kv_head, cfg.head_dim), budget.block_size, blocks, 0, budget.max_model_len, llm.dtype, llm.device)
-    for inputs in largest_batches(budget, kv):
-        cuda.empty_cache()
-        cuda.reset_peak_memory_stats()
-        start = cuda.memory_reserved()
-        model.run([inputs], kv, 1)
-        draw(inputs.logits)
-        peaks.append(cuda.max_memory_reserved() - start)
-        del inputs
-    del kv
+    blocks = MAX_RUNNING + -(-2 * max(budget.max_batch_tokens, budget.max_model_len) // budget.block_size)      # any cut of prompts
+    depth = min(2, cfg.n_layer)                                # the last one's FFN takes but the sampled rows
+    try:
+        kv = KVCache((depth, cfg.n_kv_head, cfg.head_dim), budget.block_size, blocks, 0, budget.max_model_len, llm.dtype, llm.device)
+        for inputs in largest_batches(budget, kv, model.attn.padded):
+            cuda.empty_cache()
+            cuda.reset_peak_memory_stats()
+            start = cuda.memory_reserved()
+            model.run([inputs], kv, depth)
+            draw(inputs.logits)
+            peaks.append(cuda.max_memory_reserved() - start)
+            del inputs
+        del kv
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"{llm.name}: the {fmt_gib(held)} of weights fit, but not the activations of {budget.max_batch_tokens} prompt "
+                         f"tokens beside them ({error}): lower --max-batch-tokens, or take a smaller model") from None
+    finally:
+        model.eager = eager
     cuda.empty_cache()
-    model.eager = eager
-    activations = max(peaks) + (0 if eager else peaks[1])      # captured decodes have a pool of their own
+    activations = max(peaks) + (0 if eager else peaks[-1] + GRAPH_BYTES)       # captured decodes have a pool of their own
     room = min(cuda.mem_get_info()[0] * CUDA_SHARE, math.inf if gpu_mem is None else gpu_mem * GIB - held)
     if room - activations < budget.block_bytes:
         raise ValueError(f"{llm.name}: {fmt_gib(held)} of weights and {fmt_gib(activations)} of activations, measured with "
@@ -240,7 +255,7 @@ def warm_up(llm):
     """Run one layer of a prompt and of a decode in each tier, so that no request waits for kernels to be compiled."""
     for tier in ("gpu", "cpu"):
         if llm.budget.num_blocks[tier]:
-            r = Request("warm-up", [0, 0], 1, tier=tier)
+            r = Request("warm-up", [0, 0], 1, tier=tier, rows=2)
             llm.model.run([llm.kv.bind(Batch([r]))], llm.kv, 1)
             r.prompt, r.output, r.num_kv = [0], [0], 1
             llm.model.run([llm.kv.bind(Batch(**{tier: [r]}))], llm.kv, 1)
@@ -253,7 +268,7 @@ def profile_samples(llm):
     key = dict(version=PROFILE_VERSION, device=device_name(llm.device), torch=torch.__version__, dtype=str(llm.dtype),
                threads=[llm.gpu_threads, llm.cpu_threads], attention=llm.model.attention(budget.block_size),
                geometry=[cfg.n_layer, cfg.n_head, cfg.n_kv_head, cfg.head_dim, cfg.n_embd, cfg.n_ffn, cfg.vocab_size],
-               blocks=budget.num_blocks, block_size=budget.block_size, max_model_len=budget.max_model_len,
+               block_size=budget.block_size, max_model_len=budget.max_model_len,
                max_batch_tokens=budget.max_batch_tokens)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     path = PROFILE_DIR / f"profile-{digest}.json"
@@ -275,7 +290,7 @@ def measure_profile(llm, seconds=8.0):
     start, last = time.perf_counter(), 0.0
 
     def request(n, tier, decode):
-        r = Request(("profile", len(kv.sequences)), [0] * n, 1, tier=tier)
+        r = Request(("profile", len(kv.sequences)), [0] * n, 1, tier=tier, rows=n)
         if decode:
             r.prompt, r.output, r.num_kv = [0] * (n - 1), [0], n - 1
         kv.reserve(r.id, tier, n)
@@ -310,7 +325,7 @@ def measure_profile(llm, seconds=8.0):
     most = min(budget.max_batch_tokens, budget.max_model_len, kv.cpu.num_blocks * bs)
     points = [2 ** i for i in range(14) if 2 ** i <= most]
     longest = min(budget.max_model_len, 1024)
-    bar = tqdm(total=len(points) + 8 + 3, desc="profile of one layer", disable=None, leave=False)
+    bar = tqdm(total=len(points) + 8 + 6, desc="profile of one layer", disable=None, leave=False)
     for n in points:                                             # one prompt, stored to the CPU tier
         if last * 4 > seconds - (time.perf_counter() - start) - seconds / 3:
             break                                                # the last slope carries on from here
@@ -327,10 +342,10 @@ def measure_profile(llm, seconds=8.0):
                 samples["cpu_decode"].append([n, n * length, t["cpu_attend"]])
                 samples["head"].append([n, t["head"]])
             bar.update()
-    for share in (4, 2, 1):                                      # one GPU decode over so much of the GPU tier
-        length = min(longest, kv.gpu.num_blocks * bs) // share
-        if length >= 2:
-            samples["gpu_decode"].append([length, timed([request(length, "gpu", True)], "gpu")["attend"]])
+    for n, share in ((1, 4), (1, 2), (1, 1), (8, 1), (64, 1), (256, 1)):     # n GPU decodes over so much of the GPU tier
+        length = min(longest, kv.gpu.num_blocks // n * bs) // share
+        if length >= 2 and (n == 1 or last * 4 < seconds - (time.perf_counter() - start)):
+            samples["gpu_decode"].append([n * length, timed([request(length, "gpu", True) for _ in range(n)], "gpu")["attend"]])
         bar.update()
     bar.close()
     return samples

@@ -183,12 +183,62 @@ def test_logits_within_tolerance(checkpoints, dtype, tolerance):
                 ref = want[r.id][r.num_tokens - 1]
                 assert (got - ref).norm() / ref.norm() < tolerance
     # all but the last token as prompts of either tier, then the last one as a decode
-    requests = [Request(i, p[:-1] or p, 1, tier="gpu" if i % 2 else "cpu") for i, p in enumerate(prompts)]
+    requests = [Request(i, p[:-1] or p, 1, tier="gpu" if i % 2 else "cpu", rows=len(p[:-1] or p)) for i, p in enumerate(prompts)]
     check([Batch(requests[:3]), Batch(requests[3:])])
     for r, p in zip(requests, prompts):
         r.num_kv, r.output = len(r.prompt), [p[-1]]
     check([Batch(gpu=[r for r in requests if r.tier == "gpu"], cpu=requests[:1]),
            Batch(cpu=[r for r in requests[1:] if r.tier == "cpu"])])
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+@pytest.mark.parametrize("chunk", [7, 16, 33])
+def test_chunked_prefill_gives_the_same_tokens(checkpoints, reference, strategy, chunk):
+    """Prompts longer than an iteration's prompt tokens, into either tier, recomputed after preemptions, too."""
+    folder, _ = checkpoints["gqa4-d128-llama3"]
+    prompts, want = reference["gqa4-d128-llama3"]
+    cfg = load_config(str(folder))
+    llm = LLM(str(folder), strategy, device=DEVICE, dtype="fp32", gpu_blocks=10, max_model_len=110, max_batch_tokens=chunk,
+              cpu_mem=blocks_to_gib(cfg, 18 if strategy == "symmetric" else 11))
+    seen, run = [], llm.model.run
+
+    def spy(batches, kv):
+        seen.extend((sum(b.prefill_lens), b.num_stored > 0 and any(n for n, _ in b.prefill_past)) for b in batches)
+        run(batches, kv)
+    llm.model.run = spy
+    assert [o.token_ids for o in llm.generate(prompts, SamplingParams(max_tokens=40))] == want
+    stats = llm.stats()
+    assert max(rows for rows, _ in seen) <= chunk and stats["chunks"] > 10 and stats["prefill_tokens"] >= sum(map(len, prompts))
+    assert any(fetched for _, fetched in seen) == (strategy != "gpu-only")        # later chunks over what lies in host memory
+    llm.kv.check()
+
+
+def test_a_chunk_costs_the_attention_that_it_adds():
+    perf = FixedPerf()
+    perf.prefill = lambda lengths: sum(1.0 + n + n * n for n in lengths)
+    whole, parts = perf.load(10, [(0, 10)]), [perf.load(4, [(0, 4)]), perf.load(6, [(4, 10)])]
+    assert parts[0].gpu + parts[1].gpu == pytest.approx(whole.gpu)
+    assert perf.load(6, [(4, 10)], n_fetched=4).gpu == pytest.approx(parts[1].gpu + perf.transfer(4 * 128))
+
+
+def test_long_prompts_do_not_freeze_the_others():
+    """Decodes go on in every iteration while a long prompt is prefilled, and each of them is short."""
+    def iterations(budget):
+        llm = LLM("llama-7b", "gpu-only", simulate="a100", gpu_blocks=2000, max_model_len=4000, max_batch_tokens=budget)
+        short = [llm.outputs[llm.add_request([0] * 50, SamplingParams(max_tokens=60, ignore_eos=True))] for _ in range(4)]
+        for _ in range(10):
+            llm.step()
+        long = llm.outputs[llm.add_request([0] * 3900, SamplingParams(max_tokens=2, ignore_eos=True))]
+        times = []
+        while not long.token_ids:
+            before, start = [len(o.token_ids) for o in short], llm.clock()
+            llm.step()
+            times.append(llm.clock() - start)
+            assert [len(o.token_ids) for o in short] == [n + 1 for n in before]
+        return times
+    whole, chunks = iterations(4000), iterations(256)
+    assert len(whole) == 1 and len(chunks) == -(-3900 // 256)
+    assert max(chunks) < whole[0] / 5 and sum(chunks) < 2 * whole[0]
 
 
 def test_eos_ends_a_request(checkpoints, reference, tmp_path):
@@ -605,7 +655,7 @@ def test_padded_and_captured_decodes_give_the_same_tokens(strategy):
     Both the Triton kernels and every sub-batch of decodes are used, prompts come and go in between."""
     pytest.importorskip("triton")
     prompts = make_prompts(7, 512, 50, seed=4)
-    make = lambda **kw: LLM("tiny", strategy, device=DEVICE, dtype="fp32", gpu_blocks=24, max_model_len=80, **kw)
+    make = lambda **kw: LLM("tiny", strategy, device=GPU.type, dtype="fp32", gpu_blocks=24, max_model_len=80, **kw)
     params = [SamplingParams(max_tokens=3 + i, ignore_eos=True) for i in range(7)]
     want = [o.token_ids for o in make(eager=True).generate(prompts, params)]
     llm = make(gpu_attn="triton")
@@ -678,7 +728,7 @@ def test_swap_moves_the_bits(dtype):
 @pytest.fixture(scope="module")
 def tiny_llms():
     """strategy -> an LLM so small in memory that random traffic fills both tiers."""
-    return {s: LLM("tiny", s, device="cpu", dtype="fp32", gpu_blocks=10, max_model_len=150,
+    return {s: LLM("tiny", s, device="cpu", dtype="fp32", gpu_blocks=10, max_model_len=150, max_batch_tokens=48,
                    cpu_mem=blocks_to_gib(PRESETS["tiny"], 14)) for s in STRATEGIES}
 
 
@@ -917,7 +967,7 @@ def test_bad_requests_are_refused_and_the_others_go_on(tiny):
     (dict(cpu_mem=10 ** 6), "CPU tier.*does not fit"), (dict(gpu_blocks=0), "gpu_blocks = 0"),
     (dict(max_model_len=1), "max_model_len = 1: must be above 1"),
     (dict(cpu_mem=-1), "cpu_mem"), (dict(max_model_len=10 ** 6), "512 positions"), (dict(cpu_threads=10 ** 4), "cpu_threads"),
-    (dict(max_model_len=256, max_batch_tokens=100), "max_batch_tokens"), (dict(cpu_mem=0), "CPU tier"),
+    (dict(max_batch_tokens=1), "max_batch_tokens = 1: must be above 1"), (dict(cpu_mem=0), "CPU tier"),
     (dict(strategy="gpu-only", gpu_blocks=4, max_model_len=100), "holds 64"), (dict(simulate="t5"), "unknown testbed 't5'.*t4")])
 def test_engine_errors_name_value_limit_and_way_out(kwargs, message):
     with pytest.raises(ValueError, match=message):
@@ -927,20 +977,22 @@ def test_engine_errors_name_value_limit_and_way_out(kwargs, message):
 def test_gpu_blocks_are_what_weights_and_measured_activations_leave(monkeypatch):
     """The largest sub-batches really run; of memory the numbers are made up, as there is none to measure."""
     llm = LLM("tiny", "gpu-only", device="cpu", dtype="fp32", max_model_len=100, max_batch_tokens=250)
+    llm.model.attn.padded = True
     seen, run, MIB, block = [], llm.model.run, 1 << 20, llm.budget.block_bytes
 
     def spy(batches, kv, depth):
+        assert depth == 2                       # or the prompts' FFN, the largest of all, is not among them
         seen.append((batches[0].prefill_lens, batches[0].num_gpu, int(batches[0].gpu_lens.sum())))
         run(batches, kv, depth)
     llm.model.run = spy
     monkeypatch.setattr(startup.torch, "cuda", types.SimpleNamespace(
         memory_allocated=lambda: 7 * MIB, memory_reserved=lambda: 8 * MIB, max_memory_reserved=lambda: 11 * MIB,
-        empty_cache=lambda: None, reset_peak_memory_stats=lambda: None, mem_get_info=lambda: (100 * MIB, 0)))
+        empty_cache=lambda: None, reset_peak_memory_stats=lambda: None, mem_get_info=lambda: (1000 * MIB, 0)))
     drawn = []
     count = lambda gib, eager=True: [setattr(llm.model, "eager", eager), startup.measure_gpu_blocks(llm, gib, drawn.append)][1]
-    assert count(None) == (95 - 3) * MIB // block
-    assert count(47 / 1024) == (47 - 7 - 3) * MIB // block                 # as a GPU of 47 MiB, 7 of them weights
-    assert count(47 / 1024, eager=False) == (47 - 7 - 3 - 3) * MIB // block    # captured decodes keep memory of their own
+    assert count(None) == (950 - 3) * MIB // block
+    assert count(470 / 1024) == (470 - 7 - 3) * MIB // block               # as a GPU of 470 MiB, 7 of them weights
+    assert count(470 / 1024, eager=False) == (470 - 7 - 3 - 3 - 256) * MIB // block     # captured decodes keep memory of their own
     assert seen[0] == ([100, 100, 50], 0, 0) and seen[1] == ([], MAX_RUNNING, MAX_RUNNING * 112) and len(drawn) == 6
     with pytest.raises(ValueError, match="0.01 GiB of activations.*--gpu-mem"):
         monkeypatch.setattr(startup.torch.cuda, "max_memory_reserved", lambda: 18 * MIB)
