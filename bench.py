@@ -5,6 +5,7 @@
     python bench.py --dataset-name osc --dataset-path osc_lengths.json --request-rate 2 --save-result
     python bench.py --model llama-8b --simulate g5.4xlarge --input-len 1000 --output-len 200      on a virtual clock
     python bench.py --figure 10a --plot 10a.png       the paper's experiments, simulated (figures.py)
+    python bench.py --rates 0.5,1,2,4 --plot curve.png                        load-latency curves (loadlatency.py)
     python bench.py --card                            what this machine can do at most (gpu_card.py)
 
 A card first (what runs where, with what KV budget), then every strategy with a progress bar, a table, and one sentence.
@@ -18,7 +19,8 @@ import shlex
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +54,7 @@ ROWS = (                       # of the table: key of a result, label, factor, f
     ("cpu_decode_tokens", "tokens decoded on CPU", 1, ".0f"), ("swapped_blocks", "blocks swapped", 1, ".0f"),
     ("preemptions", "preemptions", 1, ".0f"), ("prediction_error", "|predicted/measured - 1|, %", 100, ".0f"),
     ("outside_model_share", "time outside the model, %", 100, ".1f"))
+GOODPUT_ROWS = (("request_goodput", "goodput, request/s", 1, ".3f"),)
 FLUID_ROWS = (("fluid_request_rate", "fluid limit, request/s", 1, ".3f"),
               ("fluid_share", "request/s of the limit, %", 100, ".0f"))
 
@@ -66,6 +69,7 @@ class Workload:
     arrivals: list      # seconds after the start, ascending
     source: str         # where the lengths come from
     clipped: int        # requests shortened to the length limit
+    goodput: dict = field(default_factory=dict)     # {"ttft", "tpot", "e2el": ms}: what a request must keep to count as good
 
 
 def draw_lengths(figures, n, rng):
@@ -79,19 +83,24 @@ def draw_lengths(figures, n, rng):
     return np.rint(lo[part] + (hi - lo)[part] * rng.random(n) ** g).astype(int).tolist()
 
 
-def read_lengths(path):
+def read_lengths(path, times=False):
     """[(tokens in, tokens out)] of a file: Azure's CSV (ContextTokens, GeneratedTokens) or OSC's JSON (prompt,
-    max_tokens). Raises ValueError on anything else."""
+    max_tokens). times: [(tokens in, tokens out, seconds after the first)], which takes a CSV with TIMESTAMP. Raises
+    ValueError on anything else."""
     try:
         text = Path(path).read_text()
         if text.lstrip().startswith("["):
             pairs = [(int(r["prompt"]), int(r["max_tokens"])) for r in json.loads(text)]
         else:
-            pairs = [(int(r["ContextTokens"]), int(r["GeneratedTokens"])) for r in csv.DictReader(text.splitlines())]
-    except (OSError, KeyError, TypeError, ValueError) as error:
+            rows = list(csv.DictReader(text.splitlines()))
+            pairs = [(int(r["ContextTokens"]), int(r["GeneratedTokens"])) for r in rows]
+        if times:
+            stamps = [datetime.fromisoformat(r["TIMESTAMP"][:26]) for r in rows]
+            pairs = [(*p, (t - stamps[0]).total_seconds()) for p, t in zip(pairs, stamps)]
+    except (OSError, NameError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a lengths file ({type(error).__name__}: {error}); expected CSV with ContextTokens "
                          'and GeneratedTokens, or JSON [{"prompt": n, "max_tokens": n}]') from None
-    pairs = [(i, o) for i, o in pairs if i > 0 and o > 0]
+    pairs = [p for p in pairs if p[0] > 0 and p[1] > 0]
     if not pairs:
         raise ValueError(f"{path}: no request with tokens both in and out")
     return pairs
@@ -129,6 +138,14 @@ def draw_requests(args, n, input_len, output_len, rng):
 def draw_arrivals(rate, n, rng):
     """Seconds at which n requests arrive: a Poisson process of `rate` per second, or all at once."""
     return [0.0] * n if math.isinf(rate) else rng.exponential(1 / rate, n).cumsum().tolist()
+
+
+def replay(path, n, speed):
+    """The first n requests of a CSV trace by their time stamps, `speed` times as fast: (tokens in, tokens out, arrivals, source)."""
+    trace = sorted(read_lengths(path, times=True), key=lambda r: r[2])[:n]
+    first = trace[0][2]
+    return ([i for i, _, _ in trace], [o for _, o, _ in trace], [(t - first) / speed for _, _, t in trace],
+            f"the first {len(trace)} of {path} by their time stamps, {speed:g} times as fast")
 
 
 def fit_requests(ins, outs, limit):
@@ -191,11 +208,16 @@ def metrics(work, times, duration, llm):
     series = {"ttft": [t[0] - work.arrivals[i] for i, t in times.items()],
               "tpot": [(t[-1] - t[0]) / (len(t) - 1) for t in times.values() if len(t) > 1],
               "itl": [b - a for t in times.values() for a, b in zip(t, t[1:])], "e2el": list(e2el.values())}
+    if work.goodput:
+        spent = {"ttft": lambda i, t: t[0] - work.arrivals[i], "tpot": lambda i, t: (t[-1] - t[0]) / max(len(t) - 1, 1),
+                 "e2el": lambda i, t: e2el[i]}
+        good = sum(all(1e3 * spent[k](i, t) <= most for k, most in work.goodput.items()) for i, t in times.items())
     ends = sorted(t[-1] for t in times.values())
     lo, hi = (ends[min(int(share * len(ends)), len(ends) - 1)] if ends else 0.0 for share in STEADY)
     result = {"duration": duration, "completed": len(times), "failed": 0, "total_input_tokens": tokens_in,
               "total_output_tokens": tokens_out, "request_throughput": len(times) / duration,
               "output_throughput": tokens_out / duration, "total_token_throughput": (tokens_in + tokens_out) / duration}
+    result |= {"request_goodput": good / duration} if work.goodput else {}
     for name, values in series.items():
         ms = 1e3 * np.array(values or [0.0])
         result |= {f"mean_{name}_ms": float(ms.mean()), f"median_{name}_ms": float(np.median(ms)),
@@ -231,8 +253,8 @@ def table(results):
     """Strategies side by side."""
     cell = lambda value, factor, form: "-" if value is None else format(factor * value, form)
     lines = [f"{'':28s}" + "".join(f"{name:>14s}" for name in results)]
-    fluid = all("fluid_share" in r for r in results.values())
-    for key, label, factor, form in ROWS + (FLUID_ROWS if fluid else ()):
+    fluid, goodput = (all(key in r for r in results.values()) for key in ("fluid_share", "request_goodput"))
+    for key, label, factor, form in (GOODPUT_ROWS if goodput else ()) + ROWS + (FLUID_ROWS if fluid else ()):
         lines.append(f"{label:28s}" + "".join(f"{cell(r[key], factor, form):>14s}" for r in results.values()))
     if fluid:
         lines += [f"  {name} is bound by {r['fluid_binds']}" for name, r in results.items()]
@@ -242,15 +264,19 @@ def table(results):
     return "\n".join(lines)
 
 
+def where(llm):
+    """What a figure was made on, in words."""
+    return (f"simulated on {llm.testbed.name}, not measured" if llm.testbed else
+            "on a GPU played by a CPU thread (an emulation)" if llm.device.type == "cpu" else "on the GPU")
+
+
 def sentence(results, llm):
     """The comparison in words, KV budget beside it."""
     neo, base = results["neo"], results["gpu-only"]
     if not (neo["completed"] and base["completed"]):
         return "Nothing to compare: one of neo and gpu-only completed no request."
-    where = (f"simulated on {llm.testbed.name}, not measured" if llm.testbed else
-             "on a GPU played by a CPU thread (an emulation)" if llm.device.type == "cpu" else "on the GPU")
     return (f"neo / gpu-only: {neo['output_throughput'] / base['output_throughput']:.2f}x the throughput at "
-            f"{neo['per_token_latency_ms'] / base['per_token_latency_ms']:.2f}x the latency per token, {where}, with a KV "
+            f"{neo['per_token_latency_ms'] / base['per_token_latency_ms']:.2f}x the latency per token, {where(llm)}, with a KV "
             f"budget of {base['kv_budget_gpu_tokens']} tokens on the GPU and {neo['kv_budget_cpu_tokens']} more in host "
             "memory for neo.")
 
@@ -318,6 +344,13 @@ def parse_args(argv=None):
     parser.add_argument("--input-len", type=int, metavar="N", help="tokens per prompt, for random")
     parser.add_argument("--output-len", type=int, metavar="N", help="tokens per output, for random")
     parser.add_argument("--request-rate", type=float, default=math.inf, help="Poisson arrivals per second; inf: all at once")
+    parser.add_argument("--rates", type=lambda text: [float(r) for r in text.split(",")], metavar="R,R", help="load-latency: every "
+                        "strategy at each of these Poisson rates")
+    parser.add_argument("--at-latency", type=float, metavar="S", help="search the highest rate at which an output token takes S "
+                        "seconds (end-to-end latency / tokens out, a mean)")
+    parser.add_argument("--goodput", nargs="+", metavar="KEY:MS", help="count requests that keep these: ttft:MS tpot:MS e2el:MS")
+    parser.add_argument("--replay", action="store_true", help="arrivals by the time stamps of the CSV in --dataset-path")
+    parser.add_argument("--speed", type=float, default=1.0, metavar="X", help="of --replay: so many times as fast")
     parser.add_argument("--dataset-name", default="random", choices=DATASETS, help="where lengths come from")
     parser.add_argument("--dataset-path", metavar="FILE", help="Azure CSV, OSC JSON or ShareGPT JSON; without it osc, "
                         "azure-code and azure-conv are drawn to fit their published figures")
@@ -335,10 +368,21 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.twin = args.simulate == "self"
     args.simulate = None if args.twin else args.simulate
-    for name in ("num_prompts", "input_len", "output_len", "repeats", "request_rate"):
+    for name in ("num_prompts", "input_len", "output_len", "repeats", "request_rate", "rates", "at_latency", "speed"):
         value = getattr(args, name)
-        if value is not None and not value > 0:
-            parser.error(f"--{name.replace('_', '-')} {value}: must be above 0")
+        for v in value if isinstance(value, list) else [value]:
+            if v is not None and not v > 0:
+                parser.error(f"--{name.replace('_', '-')} {v}: must be above 0")
+    try:
+        args.goodput = {k: float(ms) for k, ms in (term.split(":") for term in args.goodput or ())}
+    except ValueError:
+        parser.error(f"--goodput {' '.join(args.goodput)}: give terms like ttft:2000 (ms)")
+    if unknown := args.goodput.keys() - {"ttft", "tpot", "e2el"}:
+        parser.error(f"--goodput {unknown.pop()}: must be ttft, tpot or e2el")
+    if args.replay and (not args.dataset_path or args.rates or args.at_latency):
+        parser.error("--replay takes the arrivals of a CSV: give --dataset-path, and neither --rates nor --at-latency")
+    if args.twin and (args.rates or args.at_latency):
+        parser.error("--simulate self runs one workload: give neither --rates nor --at-latency")
     return args
 
 
@@ -353,7 +397,12 @@ def prepare(args):
     sizes = SIZES_CUDA if on_gpu else next(s[1:] for s in SIZES_CPU if cfg.num_params <= s[0])
     n, input_len, output_len = (asked or size for asked, size in
                                 zip((args.num_prompts, args.input_len, args.output_len), sizes))
-    ins, outs, source = draw_requests(args, n, input_len, output_len, rng)
+    if args.replay:
+        ins, outs, arrivals, source = replay(args.dataset_path, n, args.speed)
+        n = len(ins)
+    else:
+        ins, outs, source = draw_requests(args, n, input_len, output_len, rng)
+        arrivals = None
     limit = args.max_model_len or cfg.max_position
     ins, outs, clipped = fit_requests(ins, outs, limit)
     totals = [(i if isinstance(i, int) else len(i)) + o for i, o in zip(ins, outs)]
@@ -370,23 +419,34 @@ def prepare(args):
     ins, outs, more = fit_requests(ins, outs, min(limits))
     draw = (lambda i: [0] * i) if args.simulate else lambda i: rng.integers(cfg.vocab_size, size=i).tolist()
     prompts = [draw(i) if isinstance(i, int) else i for i in ins]
-    arrivals = draw_arrivals(args.request_rate, n, rng)
+    arrivals = arrivals or draw_arrivals(args.request_rate, n, rng)
     for s in () if args.simulate else strategies:
         llm.reset(s)
         llm.generate([prompts[0][:8]], SamplingParams(max_tokens=2, ignore_eos=True))
-    return llm, Workload(prompts, outs, arrivals, source, max(clipped, more)), strategies
+    return llm, Workload(prompts, outs, arrivals, source, max(clipped, more), args.goodput), strategies
 
 
 def card(llm, work, args):
     """What is about to run."""
     ins, outs = [len(p) for p in work.prompts], work.output_lens
-    rate = "all at once" if math.isinf(args.request_rate) else f"Poisson, {args.request_rate:g} per second"
+    rate = ("at their times" if args.replay else "at several rates" if args.rates or args.at_latency else
+            "all at once" if math.isinf(args.request_rate) else f"Poisson, {args.request_rate:g} per second")
     chosen = "found by auto" if args.device == "auto" else "asked for"
     return (f"{llm.describe()}\n"
             f"chosen     device {chosen}, dtype {'by auto' if args.dtype == 'auto' else 'asked for'}, seed {args.seed}\n"
             f"workload   {len(ins)} requests: {work.source}; in {min(ins)}..{max(ins)} (mean {statistics.fmean(ins):.1f}), "
             f"out {min(outs)}..{max(outs)} (mean {statistics.fmean(outs):.1f}); {rate}; {work.clipped} clipped to the "
             f"limit of {llm.budget.max_model_len} tokens")
+
+
+def saved_config(args, llm, work):
+    """What a saved result says of how it came about."""
+    config = {**vars(args), "request_rate": str(args.request_rate), "command": shlex.join(sys.argv),
+              "card": card(llm, work, args).splitlines(), "max_model_len": llm.budget.max_model_len}
+    if not args.simulate:
+        from gpu_card import host_read_bandwidth, machine
+        config |= {"machine": machine(), "host_read_gb_s": host_read_bandwidth(llm.cpu_threads)}
+    return config
 
 
 def print_card(args):
@@ -415,6 +475,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         sys.exit("interrupted before the first request")
     print(card(llm, work, args), flush=True)
+    if args.rates or args.at_latency:
+        import loadlatency
+        return loadlatency.main(args, llm, work, strategies)
     runs = {s: (llm, s) for s in strategies}
     if args.twin:
         twin = LLM(args.model, strategies[0], simulate=llm)
@@ -438,12 +501,7 @@ def main(argv=None):
 
     if args.save_result or args.result_filename:
         path = args.result_filename or f"{Path(args.model).name}-{args.dataset_name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
-        config = {**vars(args), "request_rate": str(args.request_rate), "command": shlex.join(sys.argv),
-                  "card": card(llm, work, args).splitlines(), "max_model_len": llm.budget.max_model_len}
-        if not args.simulate:
-            from gpu_card import host_read_bandwidth, machine
-            config |= {"machine": machine(), "host_read_gb_s": host_read_bandwidth(llm.cpu_threads)}
-        Path(path).write_text(json.dumps({"config": config, "results": results}, indent=1))
+        Path(path).write_text(json.dumps({"config": saved_config(args, llm, work), "results": results}, indent=1))
         print(f"result: {path}")
     if args.timeline:
         write_trace(args.timeline, trace)

@@ -1226,10 +1226,63 @@ def test_workload_files_and_clipping(tmp_path):
         bench.read_sharegpt(tmp_path / "s.json", None)
 
 
+def test_load_latency_curves(tmp_path, capsys):
+    """Simulated, so that the rates found are exact: one below the limit was run, one just above it, for each strategy."""
+    argv = ["--model", "llama-7b", "--simulate", "t4", "--gpu-blocks", "54", "--dataset-name", "osc", "--num-prompts", "150", "--rates",
+            "0.2,2", "--at-latency", "0.4", "--goodput", "ttft:3000", "tpot:300", "--result-filename", str(tmp_path / "r.json")]
+    bench.main(argv)
+    saved, out = json.loads((tmp_path / "r.json").read_text()), capsys.readouterr().out
+    for s, points in saved["results"].items():
+        took = {float(r): x["per_token_latency_ms"] / 1e3 for r, x in points.items()}
+        found = saved["at_latency"][s]
+        assert {0.2, 2.0} <= took.keys() and took[found] <= 0.4 and min(r for r, t in took.items() if t > 0.4 and r > found) < 1.03 * found
+        assert all(x["request_goodput"] <= x["request_throughput"] for x in points.values())
+        assert points["0.2"]["request_goodput"] > 0
+    assert saved["at_latency"]["neo"] > 2 * saved["at_latency"]["gpu-only"] and "not measured" in out and "KV budget 864" in out
+    bench.main(["--model", "tiny", "--device", "cpu", "--rates", "50", "--num-prompts", "5", "--input-len", "20", "--output-len", "4"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("gpu-only", "neo"))]
+    assert [float(row.split()[1]) for row in rows] == [50, 50]
+    bench.main([*argv[:6], "--dataset-name", "osc", "--num-prompts", "3", "--strategies", "neo", "--at-latency", "60"])
+    assert "any rate, even all at once" in capsys.readouterr().out
+
+
+def test_load_latency_survives_ctrl_c(tmp_path, monkeypatch, capsys):
+    steps, step = [], LLM.step
+
+    def interrupted(self):
+        steps.append(1)
+        if len(steps) == 150:
+            raise KeyboardInterrupt
+        return step(self)
+    monkeypatch.setattr(LLM, "step", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        bench.main(["--model", "tiny", "--simulate", "t4", "--gpu-blocks", "20", "--rates", "1,2,3,4,5,6", "--num-prompts", "9", "--output-len",
+                    "9", "--input-len", "30", "--strategies", "gpu-only", "--result-filename", str(tmp_path / "r.json")])
+    assert 0 < len(json.loads((tmp_path / "r.json").read_text())["results"]["gpu-only"]) < 6
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_replay_of_a_trace(tmp_path, capsys):
+    """By its time stamps, faster, in order, the first requests only."""
+    trace = tmp_path / "t.csv"
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.9799600,40,5\n2023-11-16 18:17:09.0319600,30,3\n"
+                     "2023-11-16 18:17:05.9799600,20,4\n2023-11-16 18:18:05.9799600,20,4\n")
+    ins, outs, arrivals, source = bench.replay(trace, 3, 4.0)
+    assert (ins, outs) == ([40, 20, 30], [5, 4, 3]) and arrivals == pytest.approx([0, 0.5, 1.263], abs=1e-3) and "4 times" in source
+    bench.main(["--model", "tiny", "--simulate", "t4", "--gpu-blocks", "20", "--dataset-name", "lengths", "--dataset-path", str(trace),
+                "--replay", "--speed", "4", "--num-prompts", "3", "--strategies", "gpu-only", "--result-filename", str(tmp_path / "r.json")])
+    r = json.loads((tmp_path / "r.json").read_text())["results"]["gpu-only"]
+    assert r["completed"] == 3 and r["duration"] > 1.26
+    with pytest.raises(ValueError, match="not a lengths file"):
+        (tmp_path / "no.csv").write_text("ContextTokens,GeneratedTokens\n1,1\n")
+        bench.replay(tmp_path / "no.csv", 3, 1)
+
+
 def test_bench_rejects_bad_flags():
     for argv, message in ((["--model", "llama-9b"], "unknown model"), (["--strategies", "gpu-only,none"], "unknown strategy"),
                           (["--num-prompts", "0"], "--num-prompts"), (["--dataset-name", "lengths"], "--dataset-path"),
-                          (["--frobnicate"], "frobnicate"), (["--dataset-name", "lengths", "--dataset-path", "/no"], "/no")):
+                          (["--frobnicate"], "frobnicate"), (["--rates", "1,0"], "--rates 0.0: must be above 0"),
+                          (["--goodput", "itl:5"], "--goodput itl"), (["--goodput", "ttft"], "ttft:2000"), (["--replay"], "--dataset-path"), (["--dataset-name", "lengths", "--dataset-path", "/no"], "/no")):
         done = run_script("bench.py", *(argv if "--model" in argv else ["--model", "tiny", *argv]))
         assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
 
