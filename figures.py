@@ -25,6 +25,7 @@ from checkpoint import load_config
 from neo import LLM
 from perfmodel import find_testbed
 from startup import BLOCK_SIZE, GIB
+from workload import Workload, draw_arrivals, draw_requests, fit_requests
 
 # Figure 6c: seconds per token at request rates; T4, Llama-2-7B, OSC
 PAPER_6C = {"neo": {0.5: 0.11, 1.5: 0.18, 2.5: 0.28, 3.1: 0.42, 3.3: 0.54, 3.5: 1.03, 3.7: 1.53},
@@ -52,16 +53,16 @@ def point(spec):
     seed, path, share = spec["seed"], spec.pop("dataset_path", None), spec.pop("kv_share", None)
     named = isinstance(workload, str)
     rng = np.random.default_rng(seed)
-    ins, outs, source = bench.draw_requests(SimpleNamespace(dataset_name=workload if named else "random", dataset_path=path),
+    ins, outs, source = draw_requests(SimpleNamespace(dataset_name=workload if named else "random", dataset_path=path),
                                             n, *((0, 0) if named else workload), rng)
-    ins, outs, clipped = bench.fit_requests(ins, outs, min(8000, load_config(spec["model"]).max_position))
+    ins, outs, clipped = fit_requests(ins, outs, min(8000, load_config(spec["model"]).max_position))
     longest = max(map(sum, zip(ins, outs)))
     if share:
         mean = statistics.fmean(i + o / 2 for i, o in zip(ins, outs))
         spec["gpu_blocks"] = math.ceil(max(share * GRID_RESIDENT * mean, longest) / BLOCK_SIZE)
         spec["simulate"] = find_testbed(spec["simulate"], gpu_gb=2048, host_gb=2048)    # the subject is not what fits
     llm = LLM(spec.pop("model"), strategy, max_model_len=longest, **spec)
-    work = bench.Workload([[0] * i for i in ins], outs, bench.draw_arrivals(rate, n, rng), source, clipped)
+    work = Workload([[0] * i for i in ins], outs, draw_arrivals(rate, n, rng), source, clipped)
     return bench.serve(llm, strategy, work, quiet=True)[0]
 
 

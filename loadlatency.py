@@ -11,7 +11,6 @@ All rates share one drawing of arrivals, stretched: a curve's points differ by t
 import dataclasses
 import json
 import math
-import shlex
 import sys
 from pathlib import Path
 

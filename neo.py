@@ -15,6 +15,7 @@ import sys
 import time
 from collections import deque
 from dataclasses import dataclass, field, fields
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -24,11 +25,10 @@ from gpu_attn import BACKENDS, choose
 from kvcache import KVCache
 from model import Model
 from perfmodel import TESTBEDS, Prediction, Profile, Roofline, SimulatedModel, Testbed, find_testbed
+from sampling import draw_some, sample
 from scheduler import STRATEGIES, Request, Scheduler
 from startup import BLOCK_SIZE, device_name, fmt_gib, measure_gpu_blocks, plan_budget, profile_samples, resolve_device, resolve_dtype, \
     resolve_threads, warm_up
-
-DRAWN_AT_ONCE = 64      # rows sampled together: sorting a vocabulary takes 30 bytes of each row's every logit
 
 
 @dataclass
@@ -139,7 +139,8 @@ class LLM:
         torch.set_num_threads(self.gpu_threads or cores)                # this thread samples while the GPU idles
         self.load_seconds = time.perf_counter() - started
         if self.device.type == "cuda" and gpu_blocks is None:
-            budget.num_blocks["gpu"] = measure_gpu_blocks(self, gpu_mem, draw_some)
+            budget.num_blocks["gpu"] = measure_gpu_blocks(self, gpu_mem, partial(
+                draw_some, out=RequestOutput(None, [], SamplingParams(temperature=1.0), [], rng=random.Random(0))))
             budget.check_length(strategy, max_model_len)
         self.kv = self._cache()
         self.clock, self.wait = time.perf_counter, time.sleep
@@ -398,47 +399,6 @@ class LLM:
             f"attention  {self.model.attention(budget.block_size)}",
             f"KV budget  {tiers}; blocks of {budget.block_size}",
             f"limits     {budget.max_model_len} tokens per request, {budget.max_batch_tokens} prompt tokens per iteration"))
-
-
-def sample(logits, outs):
-    """logits [S, V] float32, one row per output -> S token ids. Greedy rows take the largest; the others draw one
-    uniform number from their own generator and invert the (truncated) distribution with it. Outputs that ask for
-    log-probabilities get them."""
-    best = logits.argmax(-1) if logits.is_cuda else logits.numpy().argmax(-1)      # NumPy's is ten times torch's on a CPU
-    tokens = best.tolist()
-    drawn = [i for i, out in enumerate(outs) if out.params.temperature]
-    for at in range(0, len(drawn), DRAWN_AT_ONCE):
-        rows = drawn[at:at + DRAWN_AT_ONCE]
-        for i, token in zip(rows, _draw(logits[rows], [outs[i] for i in rows])):
-            tokens[i] = token
-    told = [i for i, out in enumerate(outs) if out.params.logprobs]
-    for at in range(0, len(told), DRAWN_AT_ONCE):
-        rows = told[at:at + DRAWN_AT_ONCE]
-        chosen = torch.tensor([tokens[i] for i in rows], device=logits.device)[:, None]
-        for i, value in zip(rows, logits[rows].log_softmax(-1).gather(1, chosen)[:, 0].tolist()):
-            outs[i].logprobs.append(value)
-    return tokens
-
-
-def draw_some(logits):
-    """Sample as many rows as are ever sampled together: for measuring what that takes."""
-    out = RequestOutput(None, [], SamplingParams(temperature=1.0), [], rng=random.Random(0))
-    return _draw(logits[:DRAWN_AT_ONCE], [out] * len(logits[:DRAWN_AT_ONCE]))
-
-
-def _draw(logits, outs):
-    """logits [R, V] -> R token ids, each by its output's own parameters and generator."""
-    column = lambda values: torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
-    params = [out.params for out in outs]
-    x, order = (logits / column([p.temperature for p in params])).sort(descending=True)          # [R, V] likeliest first
-    probs = x.softmax(-1)
-    rank = torch.arange(x.shape[1], device=x.device)
-    before = probs.cumsum(-1) - probs                                                            # mass of likelier ones
-    keep = (rank < column([p.top_k or x.shape[1] for p in params])) & (before < column([p.top_p for p in params]))
-    mass = (probs * keep).cumsum(-1)
-    u = column([out.rng.random() for out in outs]) * mass[:, -1:]
-    pick = (mass <= u).sum(-1, keepdim=True).clamp(max=keep.sum(-1, keepdim=True) - 1)
-    return order.gather(1, pick)[:, 0].tolist()
 
 
 # ------------------------------------------------------------------------------------------------------- command line

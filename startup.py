@@ -30,6 +30,7 @@ BLOCK_SIZE = 16                # tokens per block, the paper's
 MAX_MODEL_LEN = 8192           # cap of the default; longer only if asked for
 MAX_BATCH_TOKENS = 2048        # default prompt tokens per iteration
 EMULATED_GPU_TOKENS = 2048     # default KV budget of the emulated GPU: small, as the point is a GPU short of memory
+TESTBED_SHARE = 0.9            # of a simulated GPU's memory for all of it, as serving systems commonly take
 CUDA_SHARE = 0.95              # of the GPU memory that weights leave free, for activations and KV; the rest is a reserve
 GRAPH_BYTES = 256 << 20        # set aside for captured launches, which take memory of the driver's that torch does not count
 CPU_TIER_SHARE = 0.5           # of the host memory that is left, by default
@@ -157,7 +158,7 @@ def plan_budget(name, cfg, dtype, device, strategy, gpu_mem=None, gpu_blocks=Non
                          "a smaller model, or lower --max-batch-tokens")
 
     if gpu_blocks is None and (gpu_mem is not None or on_cuda):
-        memory = used + CUDA_SHARE * (free - used) if gpu_mem is None else gpu_mem * GIB
+        memory = gpu_mem * GIB if gpu_mem else TESTBED_SHARE * free if testbed else used + CUDA_SHARE * (free - used)
         gpu_blocks = int((memory - used) // block_bytes)
         if gpu_blocks < 1:
             raise ValueError(f"{what} leave no room for a KV block of {fmt_gib(block_bytes)} in a GPU memory of "

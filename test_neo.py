@@ -30,11 +30,13 @@ import figures
 import gpu_attn
 import gpu_card
 import startup
+import workload
 from checkpoint import PRESETS, load_config, load_tokenizer
 from kvcache import KVCache
 from model import TorchOps, rope_table
-from neo import LLM, SamplingParams, sample
+from neo import LLM, SamplingParams
 from perfmodel import TESTBEDS, Load, PerfModel, Prediction, Profile, Roofline, find_testbed, fluid_limit, layer_ms
+from sampling import sample
 from scheduler import MAX_RUNNING, MAX_WAIT, STRATEGIES, Batch, Request, Scheduler
 
 DEVICE = os.environ.get("NEO_TEST_DEVICE", "cpu")       # cuda: the exactness tests on a GPU
@@ -581,7 +583,7 @@ def test_triton_store_rope_and_swiglu_equal_torch():
 def test_triton_decode_compiles_for_gpus_that_are_not_here(capability):
     """To machine code: within the registers (nothing spilled) and the shared memory of a T4, an A10G and an H100; with
     matrix instructions where a group has several heads, and reads of 16 bytes."""
-    triton = pytest.importorskip("triton")
+    pytest.importorskip("triton")
     script = f"""
 import gpu_kernels, pathlib, subprocess, tempfile, triton
 tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -1190,11 +1192,11 @@ def test_bench_survives_ctrl_c(tmp_path, monkeypatch, capsys):
     assert "interrupted" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", bench.FIGURES)
+@pytest.mark.parametrize("name", workload.FIGURES)
 def test_drawn_lengths_meet_the_published_figures(name):
-    for want in bench.FIGURES[name]:
+    for want in workload.FIGURES[name]:
         mean, p50, p90, p99, top, least = want
-        x = np.array(bench.draw_lengths(want, 200_000, np.random.default_rng(0)))
+        x = np.array(workload.draw_lengths(want, 200_000, np.random.default_rng(0)))
         assert x.mean() == pytest.approx(mean, rel=0.02) and x.max() <= top and x.min() >= least
         for share, value in ((0.5, p50), (0.9, p90), (0.99, p99)):
             assert (x < value).mean() <= share + 0.005 and (x <= value).mean() >= share - 0.005
@@ -1203,27 +1205,27 @@ def test_drawn_lengths_meet_the_published_figures(name):
 @pytest.mark.skipif(not DATA.is_dir(), reason="no traces here")
 @pytest.mark.parametrize("file, name", [("osc_lengths.json", "osc"), ("azure_code.csv", "azure-code")])
 def test_traces_have_the_published_figures(file, name):
-    pairs = np.array(bench.read_lengths(DATA / file))
-    for column, (mean, p50, _, _, top, least) in zip(pairs.T, bench.FIGURES[name]):
+    pairs = np.array(workload.read_lengths(DATA / file))
+    for column, (mean, p50, _, _, top, least) in zip(pairs.T, workload.FIGURES[name]):
         assert column.mean() == pytest.approx(mean, rel=1e-3) and abs(np.median(column) - p50) <= 1
         assert column.max() == top and column.min() == least
 
 
 def test_workload_files_and_clipping(tmp_path):
     (tmp_path / "a.csv").write_text("TIMESTAMP,ContextTokens,GeneratedTokens\nx,100,7\ny,3,0\nz,20,90\n")
-    assert bench.read_lengths(tmp_path / "a.csv") == [(100, 7), (20, 90)]
+    assert workload.read_lengths(tmp_path / "a.csv") == [(100, 7), (20, 90)]
     for text in ("ContextTokens\n5\n", "[1, 2]", ""):
         (tmp_path / "bad").write_text(text)
         with pytest.raises(ValueError, match="bad: no"):
-            bench.read_lengths(tmp_path / "bad")
-    assert bench.fit_requests([100, 20, [1] * 100], [7, 90, 10], 64) == ([57, 20, [1] * 54], [7, 44, 10], 3)
+            workload.read_lengths(tmp_path / "bad")
+    assert workload.fit_requests([100, 20, [1] * 100], [7, 90, 10], 64) == ([57, 20, [1] * 54], [7, 44, 10], 3)
     class Words:
         encode = staticmethod(lambda text: list(range(len(text.split()))))
     turn = lambda *texts: {"conversations": [{"value": t} for t in texts]}
     (tmp_path / "s.json").write_text(json.dumps([turn("a b c", "d e"), turn("alone"), turn("", "x")]))
-    assert bench.read_sharegpt(tmp_path / "s.json", Words) == [([0, 1, 2], 2)]
+    assert workload.read_sharegpt(tmp_path / "s.json", Words) == [([0, 1, 2], 2)]
     with pytest.raises(ValueError, match="tokenizer"):
-        bench.read_sharegpt(tmp_path / "s.json", None)
+        workload.read_sharegpt(tmp_path / "s.json", None)
 
 
 def test_load_latency_curves(tmp_path, capsys):
@@ -1267,7 +1269,7 @@ def test_replay_of_a_trace(tmp_path, capsys):
     trace = tmp_path / "t.csv"
     trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.9799600,40,5\n2023-11-16 18:17:09.0319600,30,3\n"
                      "2023-11-16 18:17:05.9799600,20,4\n2023-11-16 18:18:05.9799600,20,4\n")
-    ins, outs, arrivals, source = bench.replay(trace, 3, 4.0)
+    ins, outs, arrivals, source = workload.replay(trace, 3, 4.0)
     assert (ins, outs) == ([40, 20, 30], [5, 4, 3]) and arrivals == pytest.approx([0, 0.5, 1.263], abs=1e-3) and "4 times" in source
     bench.main(["--model", "tiny", "--simulate", "t4", "--gpu-blocks", "20", "--dataset-name", "lengths", "--dataset-path", str(trace),
                 "--replay", "--speed", "4", "--num-prompts", "3", "--strategies", "gpu-only", "--result-filename", str(tmp_path / "r.json")])
@@ -1275,7 +1277,7 @@ def test_replay_of_a_trace(tmp_path, capsys):
     assert r["completed"] == 3 and r["duration"] > 1.26
     with pytest.raises(ValueError, match="not a lengths file"):
         (tmp_path / "no.csv").write_text("ContextTokens,GeneratedTokens\n1,1\n")
-        bench.replay(tmp_path / "no.csv", 3, 1)
+        workload.replay(tmp_path / "no.csv", 3, 1)
 
 
 def test_bench_rejects_bad_flags():
@@ -1294,7 +1296,7 @@ def simulated(strategy, requests, bed="t4", model="llama-7b", **kwargs):
     llm = LLM(model, strategy, simulate=find_testbed(bed) if isinstance(bed, str) else bed,
               **{"gpu_blocks": 54, "cpu_mem": 18.0, "max_model_len": 832, "max_batch_tokens": 832} | kwargs)
     ins, outs = zip(*requests)
-    work = bench.Workload([[0] * n for n in ins], list(outs), [0.0] * len(ins), "test", 0)
+    work = workload.Workload([[0] * n for n in ins], list(outs), [0.0] * len(ins), "test", 0)
     return llm, bench.serve(llm, strategy, work, quiet=True)[0]
 
 

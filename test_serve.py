@@ -20,7 +20,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvcache import KVCache
 from neo import LLM, SamplingParams
 from test_neo import text_models  # noqa: F401  a fixture
 
