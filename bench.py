@@ -237,11 +237,12 @@ def parse_args(argv=None):
     parser.add_argument("--input-len", type=int, metavar="N", help="tokens per prompt, for random")
     parser.add_argument("--output-len", type=int, metavar="N", help="tokens per output, for random")
     parser.add_argument("--request-rate", type=float, default=math.inf, help="Poisson arrivals per second; inf: all at once")
-    parser.add_argument("--rates", type=lambda text: [float(r) for r in text.split(",")], metavar="R,R", help="load-latency: every "
-                        "strategy at each of these Poisson rates")
-    parser.add_argument("--at-latency", type=float, metavar="S", help="search the highest rate at which an output token takes S "
-                        "seconds (end-to-end latency / tokens out, a mean)")
-    parser.add_argument("--goodput", nargs="+", metavar="KEY:MS", help="count requests that keep these: ttft:MS tpot:MS e2el:MS")
+    parser.add_argument("--rates", type=lambda text: [float(r) for r in text.split(",")], metavar="R,R",
+                        help="load-latency: every strategy at each of these Poisson rates")
+    parser.add_argument("--at-latency", type=float, metavar="S", help="search the highest rate at which an output token takes "
+                        "S seconds (end-to-end latency / tokens out, a mean)")
+    parser.add_argument("--goodput", nargs="+", metavar="KEY:MS",
+                        help="count requests that keep these: ttft:MS tpot:MS e2el:MS")
     parser.add_argument("--replay", action="store_true", help="arrivals by the time stamps of the CSV in --dataset-path")
     parser.add_argument("--speed", type=float, default=1.0, metavar="X", help="of --replay: so many times as fast")
     parser.add_argument("--dataset-name", default="random", choices=DATASETS, help="where lengths come from")

@@ -83,7 +83,8 @@ class Door:
                 raise Refused(503, self.failure or "the server is shutting down")
             waiting = self.entering + len(self.llm.scheduler.waiting)
             if waiting + len(prompts) > self.max_queue:
-                raise Refused(429, f"{waiting} requests are waiting, of at most {self.max_queue}: try again later", Retry_After="1")
+                raise Refused(429, f"{waiting} requests are waiting, of at most {self.max_queue}: try again later",
+                              Retry_After="1")
             stream = Stream(self, len(prompts))
             self.inbox.append((stream, prompts, params))
             self.entering += len(prompts)
@@ -163,7 +164,8 @@ class Door:
                 stream.first[i] = now
                 self.meters.ttft.observe(now - stream.started)
             text, ids = out.settled_text(), len(out.token_ids)
-            piece = Piece(i, text[stream.text[i]:], out.token_ids[stream.ids[i]:ids], out.logprobs[stream.ids[i]:ids], out.finish_reason)
+            new = slice(stream.ids[i], ids)
+            piece = Piece(i, text[stream.text[i]:], out.token_ids[new], out.logprobs[new], out.finish_reason)
             stream.text[i], stream.ids[i] = len(text), ids
             stream.sent += 1
             batch = batches.setdefault(stream.loop, [])

@@ -44,8 +44,8 @@ def machine():
             driver = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()[0]
         except (OSError, IndexError, subprocess.CalledProcessError):
             driver = "unknown: no nvidia-smi"
-    return {"gpu": device_name(torch.device("cuda")) if gpu else None, "driver": driver, "cpu": device_name(torch.device("cpu")),
-            "torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()}
+    return {"gpu": device_name(torch.device("cuda")) if gpu else None, "driver": driver,
+            "cpu": device_name(torch.device("cpu")), "torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()}
 
 
 def host_read_bandwidth(threads=None, rounds=5):
@@ -69,7 +69,8 @@ def ceilings(device, dtype=torch.bfloat16):
     out["matrix_tflops"] = 2 * n ** 3 / seconds("x @ y", x=x, y=y) / 1e12
     if cuda:
         host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        for name, run in (("to_gpu_gb_s", "a.copy_(host, non_blocking=True)"), ("from_gpu_gb_s", "host.copy_(a, non_blocking=True)")):
+        for name, run in (("to_gpu_gb_s", "a.copy_(host, non_blocking=True)"),
+                          ("from_gpu_gb_s", "host.copy_(a, non_blocking=True)")):
             out[name] = size / seconds(run, a=a, host=host) / 1e9
         del a, b, x, y, host
         torch.cuda.empty_cache()                   # what comes next plans with what is free
@@ -85,7 +86,8 @@ def show(found):
              f"matrix product   {found['matrix_tflops']:8.2f} TFLOP/s in {found['dtype']}, by {'the GPU' if gpu else cores}",
              f"host memory read {found['host_read_gb_s']:8.1f} GB/s, {found['host_threads']} threads"]
     if gpu:
-        lines += [f"PCIe to the GPU  {found['to_gpu_gb_s']:8.1f} GB/s, pinned", f"PCIe from it     {found['from_gpu_gb_s']:8.1f} GB/s, pinned"]
+        lines += [f"PCIe to the GPU  {found['to_gpu_gb_s']:8.1f} GB/s, pinned",
+                  f"PCIe from it     {found['from_gpu_gb_s']:8.1f} GB/s, pinned"]
     return "\n".join(lines)
 
 
@@ -184,7 +186,8 @@ def floor(args):
         del llm
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        out["peer"] = {"requests": args.peer, "ours": ours, "transformers": transformers_rate(cfg, dtype, device, prompts, args.output_len)}
+        out["peer"] = {"requests": args.peer, "ours": ours,
+                       "transformers": transformers_rate(cfg, dtype, device, prompts, args.output_len)}
         print(f"output tok/s, {args.peer} prompts of {args.input_len}, {args.output_len} out: ours {ours:.1f}, transformers "
               f"{out['peer']['transformers']}")
     return out
@@ -192,19 +195,22 @@ def floor(args):
 
 # -------------------------------------------------------------------------------------------------------------- all
 
-BIG = "--model llama-70b --strategies gpu-only,symmetric,neo --input-len 1000 --num-prompts 160 --repeats 1"
+BENCH, FLOOR = "{python} bench.py --result-filename {file} ", "{python} gpu_card.py floor --result-filename {file} "
+BIG = BENCH + "--model llama-70b --strategies gpu-only,symmetric,neo --input-len 1000 "
+SMALL = BENCH + "--input-len 500 --output-len 200 --num-prompts 200 --repeats 2 "
 COMMANDS = {                   # part -> [(result, minutes, command)]
-    1: [("tests", 4, "env NEO_TEST_DEVICE=cuda {python} -m pytest -q -k 'transformers or logits or triton or attention or swap or captured'"),
-        ("floor-7b", 2, "{python} gpu_card.py floor --model llama-7b --batches 1,16,64,128 --peer 64 --result-filename {file}"),
-        ("floor-8b", 2, "{python} gpu_card.py floor --model llama-8b --batches 1,16,64,256 --peer 64 --result-filename {file}"),
+    1: [("tests", 4, "env NEO_TEST_DEVICE=cuda {python} -m pytest -q -k "
+                     "'transformers or logits or triton or attention or swap or captured or chunked'"),
+        ("floor-7b", 2, FLOOR + "--model llama-7b --batches 1,16,64,128 --peer 64"),
+        ("floor-8b", 2, FLOOR + "--model llama-8b --batches 1,16,64,256 --peer 64"),
         ("cpu-attention", 1, "{python} cpu_attn.py --rounds 5"),
-        ("floor-70b", 1, "{python} gpu_card.py floor --model llama-70b --batches 1,4,8 --input-len 500 --result-filename {file}")],
-    2: [(f"70b-out{n}", 3, "{python} bench.py " + BIG + f" --output-len {n} --result-filename {{file}}") for n in (100, 200, 400)]
-       + [("70b-timeline", 2, "{python} bench.py --model llama-70b --strategies neo --input-len 1000 --output-len 20 --num-prompts 60 "
-           "--timeline results/gpu-timeline-70b.json --result-filename {file}")],
-    3: [("70b-out1000", 5, "{python} bench.py " + BIG.replace("160", "60") + " --output-len 1000 --result-filename {file}")]
-       + [(f"{m}-{g}gib", 2, "{python} bench.py --model llama-" + m + f" --gpu-mem {g} --input-len 500 --output-len 200 --num-prompts 200 "
-           "--repeats 2 --result-filename {file}") for m in ("7b", "8b") for g in (16, 24)]}
+        ("floor-70b", 1, FLOOR + "--model llama-70b --batches 1,4,8 --input-len 500")],
+    2: [(f"70b-out{n}", 3, BIG + f"--num-prompts 160 --output-len {n}") for n in (100, 200, 400)]
+       + [("70b-timeline", 2, BENCH + "--model llama-70b --strategies neo --input-len 1000 --output-len 20 --num-prompts 60 "
+                                      "--timeline results/gpu-timeline-70b.json")],
+    3: [("70b-out1000", 5, BIG + "--num-prompts 60 --output-len 1000"),
+        ("70b-load", 5, BIG + "--num-prompts 60 --output-len 200 --rates 0.5,1,2")]
+       + [(f"{m}-{g}gib", 2, SMALL + f"--model llama-{m} --gpu-mem {g}") for m in ("7b", "8b") for g in (16, 24)]}
 
 
 def run_all(parts):
@@ -220,7 +226,8 @@ def run_all(parts):
         start = time.perf_counter()
         with open(HERE / f"results/gpu-{name}.txt", "w") as log:
             try:
-                code = subprocess.run(shlex.split(command), cwd=HERE, stdout=log, stderr=subprocess.STDOUT, timeout=60 * minutes).returncode
+                code = subprocess.run(shlex.split(command), cwd=HERE, stdout=log, stderr=subprocess.STDOUT,
+                                      timeout=60 * minutes).returncode
             except subprocess.TimeoutExpired:
                 code = "out of time"
         print((HERE / f"results/gpu-{name}.txt").read_text()[-2500:])
@@ -247,7 +254,8 @@ def main(argv=None):
     except ValueError as error:
         sys.exit(f"error: {error}")
     if args.result_filename:
-        Path(args.result_filename).write_text(json.dumps({"command": shlex.join(sys.argv), "machine": machine()} | found, indent=1))
+        found = {"command": shlex.join(sys.argv), "machine": machine()} | found
+        Path(args.result_filename).write_text(json.dumps(found, indent=1))
         print(f"result: {args.result_filename}")
 
 

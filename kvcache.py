@@ -34,7 +34,7 @@ class Inputs:
     positions: torch.Tensor     # [N] int32, device
     last: torch.Tensor          # [S] int32, device: the rows that get sampled, one per request, in row order
     prefill_lens: list          # rows of each prompt, whole or a chunk
-    prefill_past: list          # (tokens in the cache before those rows, their blocks as a tensor on the host) of each prompt
+    prefill_past: list          # (tokens in the cache before those rows, their blocks: int32 tensor where they lie) of each
     num_stored: int             # the first rows, prompts bound for the CPU tier
     num_prefill: int            # all prompt rows
     num_gpu: int                # GPU decode rows, padding included
@@ -113,7 +113,8 @@ class KVCache:
         self.sequences = {}                                                  # request id -> Sequence
         self.table = np.zeros((16, -(-max_len // block_size)), np.int32)     # a row per resident request
         self.free_rows = list(range(15, -1, -1))
-        self.mover, self.moves = ThreadPoolExecutor(1, "mover", torch.set_num_threads, (1,)), []           # (layer, its copy) of the swaps at hand
+        self.mover = ThreadPoolExecutor(1, "mover", torch.set_num_threads, (1,))
+        self.moves = []                                                      # (layer, its copy) of the swaps at hand
         self.stream = self.stage = None                                      # of the copies, on CUDA
 
     def reserve(self, request_id, tier, num_tokens):
@@ -239,7 +240,7 @@ class KVCache:
         last = ends - 1
         last[n_prompts + n_gpu:] += gpu_to - n_gpu
         last = last[[r.ends_prefill for r in batch.prefill] + [True] * (n_gpu + n_cpu)]
-        past = [(r.num_kv, torch.tensor(self.sequences[r.id].blocks[:-(-r.num_kv // bs)])) for r in batch.prefill]
+        past = [(r.num_kv, self._past_blocks(r)) for r in batch.prefill]
         tokens, positions, last, gpu_slots, gpu_table, gpu_lens = self._to_device(
             padded(np.array(tokens)), padded(positions), last, padded(slots, -1)[stored:prompts + gpu_to], gpu_table, gpu_lens)
         return Inputs(index, tokens, positions, last, prefill_lens, past, stored, prompts, gpu_to, n_cpu, gpu_slots, gpu_table,
@@ -256,6 +257,11 @@ class KVCache:
             packed.numpy()[start:start + a.size] = a.ravel()
         there = packed.to(self.device, non_blocking=True)
         return [there[start:start + a.size].view(a.shape) for start, a in zip(starts, arrays)]
+
+    def _past_blocks(self, r):
+        """Where the earlier chunks of a prompt lie, int32, on the side of its tier."""
+        blocks = np.array(self.sequences[r.id].blocks[:-(-r.num_kv // self.block_size)], np.int32)
+        return self._to_device(blocks)[0] if r.tier == "gpu" and r.num_kv else torch.from_numpy(blocks)
 
     def with_past(self, layer, b, k, v):
         """Prompts whose first chunks are in the cache: k, v [prompt rows, Hkv, D] of this chunk -> lengths, and k and v, with
@@ -275,7 +281,7 @@ class KVCache:
     def _gather(self, cache, blocks):
         """Blocks of a cache [num_blocks, Hkv, bs, D] -> [tokens, Hkv, D] on the device."""
         if cache.device == self.device:
-            found = cache[blocks.to(self.device)]
+            found = cache[blocks]
         else:
             stage = torch.empty(len(blocks), *cache.shape[1:], dtype=cache.dtype, pin_memory=True)
             found = torch.index_select(cache, 0, blocks, out=stage).to(self.device, non_blocking=True)

@@ -21,7 +21,8 @@ import bench
 CLOSE = {True: 1.02, False: 1.1}       # how near the two rates around the limit must be: simulated, measured
 MOST_RUNS = 12                         # of a search, per strategy
 COLUMNS = (("request_throughput", "req/s", 1, ".3f"), ("mean_ttft_ms", "TTFT, ms", 1, ".0f"), ("p99_ttft_ms", "p99", 1, ".0f"),
-           ("mean_tpot_ms", "TPOT, ms", 1, ".1f"), ("p99_itl_ms", "ITL p99", 1, ".1f"), ("per_token_latency_ms", "s/token", 1e-3, ".3f"))
+           ("mean_tpot_ms", "TPOT, ms", 1, ".1f"), ("p99_itl_ms", "ITL p99", 1, ".1f"),
+           ("per_token_latency_ms", "s/token", 1e-3, ".3f"))
 
 
 def columns(args):
@@ -61,7 +62,8 @@ class Sweep:
             above = min((r for r, t in took.items() if t > latency and r > (below or 0)), default=None)
             if below and above and above / below < CLOSE[bool(self.llm.testbed)]:
                 break
-            self.run(strategy, math.sqrt(below * above) if below and above else 2 * below if below else above / 2 if above else served)
+            self.run(strategy, math.sqrt(below * above) if below and above else
+                     2 * below if below else above / 2 if above else served)
         return below
 
 
@@ -101,21 +103,23 @@ def main(args, llm, work, strategies):
     where = bench.where(llm)
     served = {s: sweep.results[s][rate]["request_throughput"] for s, rate in found.items() if rate}
     for s, rate in found.items():
-        words = ("no rate that was tried" if not rate else "any rate, even all at once (take more requests)" if math.isinf(rate) else
+        words = ("no rate that was tried" if not rate else
+                 "any rate, even all at once (take more requests)" if math.isinf(rate) else
                  f"{rate:.3f} requests/s (served: {served[s]:.3f})")
-        print(f"{s}: {words} at "
-              f"{args.at_latency:g} s per output token or less, {where}, KV budget {llm.budget.num_blocks['gpu'] * llm.budget.block_size} tokens on the GPU"
-              + (f" and {llm.budget.num_blocks['cpu'] * llm.budget.block_size} in host memory" if s != "gpu-only" else ""))
+        one = next(iter(sweep.results[s].values()))
+        print(f"{s}: {words} at {args.at_latency:g} s per output token or less, {where}, with a KV budget of "
+              f"{one['kv_budget_gpu_tokens']} tokens on the GPU and {one['kv_budget_cpu_tokens']} in host memory")
     if all(found.get(s) and math.isfinite(found[s]) for s in ("neo", "gpu-only")):
         print(f"neo / gpu-only: {found['neo'] / found['gpu-only']:.2f}x the request rate at the same latency, "
               f"{served['neo'] / served['gpu-only']:.2f}x the rate served")
         if any(served[s] < 0.9 * found[s] for s in served):
-            print("note: more arrives than is served at such a rate: the queue, and with it the latency, grows with the length of the run.")
+            print("note: more arrives than is served at such a rate: the queue, and the latency, grow with the length of the run.")
     if args.save_result or args.result_filename:
         path = args.result_filename or f"{Path(args.model).name}-rates.json"
-        config = bench.saved_config(args, llm, work) | {"rates": args.rates}
-        Path(path).write_text(json.dumps({"config": config, "at_latency": {s: r if r is None or math.isfinite(r) else "inf" for s, r in found.items()}, "results": {
-            s: {str(r): x for r, x in points.items()} for s, points in sweep.results.items()}}, indent=1))
+        saved = {"config": bench.saved_config(args, llm, work),
+                 "at_latency": {s: str(r) if r == math.inf else r for s, r in found.items()},
+                 "results": {s: {str(r): x for r, x in points.items()} for s, points in sweep.results.items()}}
+        Path(path).write_text(json.dumps(saved, indent=1))
         print(f"result: {path}")
     if args.plot:
         bench.try_plot(write_plot, args.plot, sweep.results, f"{args.model}, {work.source}, {where}", args.at_latency)

@@ -313,8 +313,8 @@ class Model:
         if key not in self.graphs and len(self.graphs) < MOST_BUCKETS:
             (tokens, positions, slots, lens, table), (x, qkv, o) = self.static[b.index]
             slots.fill_(-1), lens.zero_()                       # what is captured runs once or twice, on nobody's behalf
-            there = replace(b, tokens=tokens[:N], positions=positions[:N], gpu_slots=slots[:b.num_gpu], gpu_lens=lens[:b.num_gpu],
-                            gpu_table=table[:b.num_gpu], x=x[:N], qkv=qkv[:N], o=o[:N])
+            there = replace(b, tokens=tokens[:N], positions=positions[:N], gpu_slots=slots[:b.num_gpu],
+                            gpu_lens=lens[:b.num_gpu], gpu_table=table[:b.num_gpu], x=x[:N], qkv=qkv[:N], o=o[:N])
             idle = lambda i, b, kv: None                        # an empty graph is refused
             stages = ((self.linear, ()), (self.attend if b.num_gpu else idle, (kv,)))
             self.captured = True

@@ -27,8 +27,8 @@ from model import Model
 from perfmodel import TESTBEDS, Prediction, Profile, Roofline, SimulatedModel, Testbed, find_testbed
 from sampling import draw_some, sample
 from scheduler import STRATEGIES, Request, Scheduler
-from startup import BLOCK_SIZE, device_name, fmt_gib, measure_gpu_blocks, plan_budget, profile_samples, resolve_device, resolve_dtype, \
-    resolve_threads, warm_up
+from startup import BLOCK_SIZE, device_name, fmt_gib, measure_gpu_blocks, plan_budget, profile_samples, resolve_device, \
+    resolve_dtype, resolve_threads, warm_up
 
 
 @dataclass
@@ -417,7 +417,8 @@ def add_engine_args(parser):
     parser.add_argument("--cpu-mem", type=float, metavar="GIB", help="KV in host memory")
     parser.add_argument("--block-size", type=int, metavar="N", help=f"tokens per block (default {BLOCK_SIZE})")
     parser.add_argument("--max-model-len", type=int, metavar="N", help="longest prompt + output, in tokens")
-    parser.add_argument("--max-batch-tokens", type=int, metavar="N", help="prompt tokens per iteration; longer prompts are prefilled in chunks")
+    parser.add_argument("--max-batch-tokens", type=int, metavar="N",
+                        help="prompt tokens per iteration; longer prompts are prefilled in chunks")
     parser.add_argument("--gpu-threads", type=int, metavar="N", help="cores that play the GPU")
     parser.add_argument("--cpu-threads", type=int, metavar="N", help="cores for CPU attention")
     parser.add_argument("--gpu-attn", default="auto", help=f"attention on the GPU tier: auto, {', '.join(BACKENDS)}")

@@ -79,7 +79,8 @@ class Chat(Common):
 
 def problem(status, message, code=None, headers=None):
     """An error in OpenAI's shape."""
-    kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
+        status, "server_error" if status >= 500 else "invalid_request_error")
     message = str(message).encode("ascii", "backslashreplace").decode()                # what clients sent may be no Unicode
     return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": code}}, status, headers)
 

@@ -41,7 +41,8 @@ class Limits:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         headers, size = dict(scope["headers"]), 0
-        if self.key and scope["path"].startswith("/v1/") and not hmac.compare_digest(headers.get(b"authorization", b""), self.key):
+        given = headers.get(b"authorization", b"")
+        if self.key and scope["path"].startswith("/v1/") and not hmac.compare_digest(given, self.key):
             return await problem(401, "missing or wrong API key", "invalid_api_key")(scope, receive, send)
 
         async def bounded():
@@ -79,7 +80,8 @@ def make_app(llm, door, template=None, api_key=None, max_body=1 << 22):
             return problem(refusal.status, refusal, headers=refusal.headers)
         except ValueError as error:
             return problem(400, error)
-        head = {"id": f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{uuid.uuid4().hex}", "created": int(time.time()), "model": llm.name}
+        head = {"id": f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{uuid.uuid4().hex}", "created": int(time.time()),
+                "model": llm.name}
         name = "chat.completion" if kind == "chat" else "text_completion"
         if body.stream:
             head["object"] = name + ".chunk" if kind == "chat" else name
@@ -130,7 +132,8 @@ def make_app(llm, door, template=None, api_key=None, max_body=1 << 22):
     async def chat(body: Chat, http: Request):
         if template is None:
             return problem(400, f"{llm.name} comes without a chat template: use /v1/completions")
-        body.max_tokens = body.max_completion_tokens or body.max_tokens
+        asked = (body.max_completion_tokens, body.max_tokens, llm.max_request_len)     # by default to the end, as OpenAI's chat
+        body.max_tokens = next(n for n in asked if n is not None)
         text = lambda content: content if isinstance(content, str) else "".join(part.text for part in content)
         messages = [{"role": m.role, "content": text(m.content)} for m in body.messages]
         return await answer(http, "chat", body, lambda: [template(messages)], bool(body.logprobs))
@@ -180,9 +183,10 @@ def main(argv=None):
     parser.add_argument("--api-key", metavar="KEY", help="ask clients for this key")
     parser.add_argument("--max-queue", type=int, default=256, metavar="N", help="requests that may wait; more get HTTP 429")
     parser.add_argument("--max-body", type=int, default=1 << 22, metavar="BYTES", help="of a request; larger ones get HTTP 413")
-    parser.add_argument("--buffer", type=int, default=1024, metavar="N", help="tokens a client may fall behind before its request "
-                        "is aborted")
-    parser.add_argument("--grace", type=float, default=30.0, metavar="S", help="seconds that requests in flight get when the server leaves")
+    parser.add_argument("--buffer", type=int, default=1024, metavar="N",
+                        help="tokens a client may fall behind before its request is aborted")
+    parser.add_argument("--grace", type=float, default=30.0, metavar="S",
+                        help="seconds that requests in flight get when the server leaves")
     add_engine_args(parser)
     args = parser.parse_args(argv)
     try:

@@ -104,11 +104,11 @@ class Budget:
     max_batch_tokens: int       # prompt tokens of one iteration
 
     def check_length(self, strategy, asked):
-        """Raise ValueError if a max_model_len that was asked for (None: none was) does not fit in the strategy's larger tier."""
+        """Raise ValueError if a max_model_len that was asked for (None: none was) exceeds the strategy's larger tier."""
         held = max(self.num_blocks[tier] for tier in STRATEGIES[strategy].tiers) * self.block_size
         if held < 2 or (asked and asked > held):
-            raise ValueError(f"max_model_len = {self.max_model_len} tokens, but the KV budget of {strategy} holds {held} (its larger "
-                             "tier): raise --gpu-mem, --gpu-blocks or --cpu-mem, or lower --max-model-len")
+            raise ValueError(f"max_model_len = {self.max_model_len} tokens, but the KV budget of {strategy} holds {held} (its "
+                             "larger tier): raise --gpu-mem, --gpu-blocks or --cpu-mem, or lower --max-model-len")
 
 
 def host_memory():
@@ -221,10 +221,12 @@ def measure_gpu_blocks(llm, gpu_mem, draw):
         model.reserve(-(-budget.max_model_len // budget.block_size))
     cuda.empty_cache()
     held, eager, model.eager, peaks = cuda.memory_allocated(), model.eager, True, []
-    blocks = MAX_RUNNING + -(-2 * max(budget.max_batch_tokens, budget.max_model_len) // budget.block_size)      # any cut of prompts
+    most = 2 * max(budget.max_batch_tokens, budget.max_model_len)                  # however the prompts are cut
+    blocks = MAX_RUNNING + -(-most // budget.block_size)
     depth = min(2, cfg.n_layer)                                # the last one's FFN takes but the sampled rows
     try:
-        kv = KVCache((depth, cfg.n_kv_head, cfg.head_dim), budget.block_size, blocks, 0, budget.max_model_len, llm.dtype, llm.device)
+        kv = KVCache((depth, cfg.n_kv_head, cfg.head_dim), budget.block_size, blocks, 0, budget.max_model_len, llm.dtype,
+                     llm.device)
         for inputs in largest_batches(budget, kv, model.attn.padded):
             cuda.empty_cache()
             cuda.reset_peak_memory_stats()
@@ -235,8 +237,9 @@ def measure_gpu_blocks(llm, gpu_mem, draw):
             del inputs
         del kv
     except torch.OutOfMemoryError as error:
-        raise ValueError(f"{llm.name}: the {fmt_gib(held)} of weights fit, but not the activations of {budget.max_batch_tokens} prompt "
-                         f"tokens beside them ({error}): lower --max-batch-tokens, or take a smaller model") from None
+        raise ValueError(f"{llm.name}: the {fmt_gib(held)} of weights fit, but not the activations of "
+                         f"{budget.max_batch_tokens} prompt tokens beside them ({error}): lower --max-batch-tokens, or take a "
+                         "smaller model") from None
     finally:
         model.eager = eager
     cuda.empty_cache()
@@ -245,8 +248,8 @@ def measure_gpu_blocks(llm, gpu_mem, draw):
     if room - activations < budget.block_bytes:
         raise ValueError(f"{llm.name}: {fmt_gib(held)} of weights and {fmt_gib(activations)} of activations, measured with "
                          f"{budget.max_batch_tokens} prompt tokens, leave {fmt_gib(max(room - activations, 0))} of GPU memory: "
-                         f"no KV block of {fmt_gib(budget.block_bytes)} fits. Raise --gpu-mem, lower --max-batch-tokens, or take "
-                         "a smaller model")
+                         f"no KV block of {fmt_gib(budget.block_bytes)} fits. Raise --gpu-mem, lower --max-batch-tokens, or "
+                         "take a smaller model")
     return int((room - activations) // budget.block_bytes)
 
 

@@ -99,7 +99,8 @@ def draw_arrivals(rate, n, rng):
 
 
 def replay(path, n, speed):
-    """The first n requests of a CSV trace by their time stamps, `speed` times as fast: (tokens in, tokens out, arrivals, source)."""
+    """The first n requests of a CSV trace by their time stamps, `speed` times as fast: (tokens in, tokens out, arrivals,
+    source)."""
     trace = sorted(read_lengths(path, times=True), key=lambda r: r[2])[:n]
     first = trace[0][2]
     return ([i for i, _, _ in trace], [o for _, o, _ in trace], [(t - first) / speed for _, _, t in trace],
