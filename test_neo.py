@@ -1240,7 +1240,7 @@ def test_load_latency_curves(tmp_path, capsys):
         assert {0.2, 2.0} <= took.keys() and took[found] <= 0.4 and min(r for r, t in took.items() if t > 0.4 and r > found) < 1.03 * found
         assert all(x["request_goodput"] <= x["request_throughput"] for x in points.values())
         assert points["0.2"]["request_goodput"] > 0
-    assert saved["at_latency"]["neo"] > 2 * saved["at_latency"]["gpu-only"] and "not measured" in out and "KV budget 864" in out
+    assert saved["at_latency"]["neo"] > 2 * saved["at_latency"]["gpu-only"] and "not measured" in out and "KV budget of 864" in out
     bench.main(["--model", "tiny", "--device", "cpu", "--rates", "50", "--num-prompts", "5", "--input-len", "20", "--output-len", "4"])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("gpu-only", "neo"))]
     assert [float(row.split()[1]) for row in rows] == [50, 50]
