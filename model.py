@@ -170,6 +170,9 @@ class Model:
             w, x, o = self.layers[i - 1], b.x, b.o.flatten(1)
             if i == c.n_layer:
                 x, o = x[b.last], o[b.last]                                            # [S, .]: only these go on
+                if not len(x):                                                         # chunks of prompts alone
+                    b.logits = x.new_empty((0, c.vocab_size), dtype=torch.float32)
+                    return
             x.addmm_(o, w.wo.t())
             gate_up = F.linear(self._norm(x, w.ffn_norm), w.w_gate_up)                 # [N, 2 F]
             x.addmm_(ops.swiglu(gate_up), w.w_down.t())
@@ -277,6 +280,7 @@ class Model:
         GPU rows alone go up in steps, eight to a power of two; beside CPU rows both in powers of two."""
         if self.eager or max(num_gpu, num_cpu) > MOST_CAPTURED:
             return num_gpu, num_cpu
+
         def up(n, parts):
             step = max(1, 2 ** (n - 1).bit_length() // parts)
             return -(-n // step) * step if n else 0
@@ -297,17 +301,18 @@ class Model:
         table[:num_gpu, :b.gpu_table.shape[1]].copy_(b.gpu_table)
 
         def linear(i, b):
-            replays[2 * i]()
+            replays["linear", i]()
 
         def attend(i, b, kv):
             if num_gpu:
-                replays[2 * i + 1]()
+                replays["attend", i]()
         return linear, attend
 
     def _replays(self, b, kv):
-        """The captured stages of b's bucket: linear and attend of layer 0, of layer 1 ...; captured now if they are not yet.
-        None if that is not possible."""
-        key = _, _, N = b.index, b.num_gpu, len(b.tokens)
+        """The captured stages of b's bucket, {("linear" or "attend", layer): replay}, captured now if they are not yet; None
+        if that is not possible. Without GPU rows there is no attention to capture."""
+        N = len(b.tokens)
+        key = b.index, b.num_gpu, N
         if not self.static:
             self.reserve(kv.table.shape[1])
         if key not in self.graphs and len(self.graphs) < MOST_BUCKETS:
@@ -315,12 +320,12 @@ class Model:
             slots.fill_(-1), lens.zero_()                       # what is captured runs once or twice, on nobody's behalf
             there = replace(b, tokens=tokens[:N], positions=positions[:N], gpu_slots=slots[:b.num_gpu],
                             gpu_lens=lens[:b.num_gpu], gpu_table=table[:b.num_gpu], x=x[:N], qkv=qkv[:N], o=o[:N])
-            idle = lambda i, b, kv: None                        # an empty graph is refused
-            stages = ((self.linear, ()), (self.attend if b.num_gpu else idle, (kv,)))
+            calls = {("linear", i): partial(self.linear, i, there) for i in range(self.cfg.n_layer)}
+            if b.num_gpu:
+                calls |= {("attend", i): partial(self.attend, i, there, kv) for i in range(self.cfg.n_layer)}
             self.captured = True
             try:
-                self.graphs[key] = self.gpu.capture([partial(stage, i, there, *kvs) for i in range(self.cfg.n_layer)
-                                                     for stage, kvs in stages])
+                self.graphs[key] = dict(zip(calls, self.gpu.capture(list(calls.values()))))
             except torch.OutOfMemoryError as error:
                 warnings.warn(f"no memory to capture decodes of {N} rows ({error}): these are launched kernel by kernel")
                 self.graphs[key] = None
