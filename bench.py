@@ -265,14 +265,19 @@ def parse_args(argv=None):
     for name in ("num_prompts", "input_len", "output_len", "repeats", "request_rate", "rates", "at_latency", "speed"):
         value = getattr(args, name)
         for v in value if isinstance(value, list) else [value]:
-            if v is not None and not v > 0:
+            if v is not None and not (v > 0 and (math.isfinite(v) or name == "request_rate")):
                 parser.error(f"--{name.replace('_', '-')} {v}: must be above 0")
+    if (args.rates or args.at_latency) and (args.repeats > 1 or args.timeline or math.isfinite(args.request_rate)):
+        parser.error("--rates and --at-latency run each point once: leave out --repeats, --timeline and --request-rate")
+    if args.speed != 1 and not args.replay:
+        parser.error("--speed goes with --replay")
     try:
         args.goodput = {k: float(ms) for k, ms in (term.split(":") for term in args.goodput or ())}
     except ValueError:
         parser.error(f"--goodput {' '.join(args.goodput)}: give terms like ttft:2000 (ms)")
-    if unknown := args.goodput.keys() - {"ttft", "tpot", "e2el"}:
-        parser.error(f"--goodput {unknown.pop()}: must be ttft, tpot or e2el")
+    for key, most in args.goodput.items():
+        if key not in ("ttft", "tpot", "e2el") or not most > 0:
+            parser.error(f"--goodput {key}:{most}: must be ttft, tpot or e2el, and above 0 ms")
     if args.replay and (not args.dataset_path or args.rates or args.at_latency):
         parser.error("--replay takes the arrivals of a CSV: give --dataset-path, and neither --rates nor --at-latency")
     if args.twin and (args.rates or args.at_latency):

@@ -217,11 +217,14 @@ class Tokenizer:
             raise ValueError(f"{path}/tokenizer.model is not a sentencepiece model ({error})") from None
 
     def encode(self, text, special=True):
-        """Text -> token ids; special: with the begin-of-text id the model was trained with, where the text brings none."""
+        """Text -> token ids; special: with the begin-of-text id the model was trained with, where the text brings none. Raises
+        ValueError on text that is no Unicode."""
+        text.encode()
         return self.hf.encode(text, add_special_tokens=special).ids if self.hf else self.sp.encode(text, add_bos=special)
 
     def decode(self, ids):
-        return self.hf.decode(ids) if self.hf else self.sp.decode(ids)
+        """Token ids -> text; ids that a padded vocabulary has beyond the tokenizer's are nothing."""
+        return self.hf.decode(ids) if self.hf else self.sp.decode([t for t in ids if t < self.sp.vocab_size()])
 
 
 def load_tokenizer(model):
@@ -250,9 +253,12 @@ def load_chat_template(model, tokenizer):
 
     def refuse(message):
         raise TemplateError(message)
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
-    template = environment.from_string(source)
+    try:
+        template = environment.from_string(source)
+    except TemplateError as error:
+        raise ValueError(f"{model}: its chat template is not one that jinja2 reads ({error})") from None
     text = lambda token: token.get("content") if isinstance(token, dict) else token or ""
     bos, eos = text(config.get("bos_token")), text(config.get("eos_token"))
 

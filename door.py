@@ -7,6 +7,7 @@ The engine's thread alone touches the LLM. It never waits for a reader: a stream
 aborted. It sleeps while nothing is in flight. Metrics are Prometheus's.
 """
 import asyncio
+import math
 import sys
 import threading
 import time
@@ -15,6 +16,8 @@ from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+LEAVING = "the server is shutting down"
+MOST_FAILURES = 3           # steps that may fail in a row before the engine gives up
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)      # histogram buckets
 
 
@@ -39,7 +42,8 @@ class Stream:
     """The tokens of one call's prompts: iterate, on the event loop that made it, for Pieces. Afterwards `outs` are the
     RequestOutputs, and `error` is None or says why it broke off."""
 
-    def __init__(self, door, num_prompts):
+    def __init__(self, door, num_prompts, patience):
+        self.patience = patience                        # pieces it may fall behind
         self.door, self.loop, self.events = door, asyncio.get_running_loop(), asyncio.Queue()
         self.outs, self.text, self.ids = [None] * num_prompts, [0] * num_prompts, [0] * num_prompts  # shown so far
         self.sent = self.read = 0                       # the first written by the engine's thread, the other by the reader
@@ -66,26 +70,26 @@ class Door:
         self.cond = threading.Condition()               # guards the next four
         self.inbox, self.dropped, self.entering = [], [], 0
         self.closing = self.aborting = False
-        self.failure, self.streams = None, {}           # why the engine stopped; request id -> (Stream, index)
+        self.failure, self.dead, self.streams = None, False, {}     # why the last step failed; request id -> (Stream, index)
         self.meters = Meters(llm)
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.thread.start()
 
     # ---- HTTP's side
 
-    def submit(self, prompts, params):
-        """Queue checked prompts (lists of token ids); their Stream. Raises Refused if the queue is full or the engine is
-        gone, ValueError if the queue could never take so many."""
+    def submit(self, prompts, params, streamed=True):
+        """Queue checked prompts (lists of token ids); their Stream. One that is not streamed is read at its end and may fall
+        behind. Raises Refused if the queue is full or the engine is gone, ValueError if the queue could never take so many."""
         if len(prompts) > self.max_queue:
             raise ValueError(f"{len(prompts)} prompts in one call: at most {self.max_queue} may wait here (--max-queue)")
         with self.cond:
-            if self.failure or self.closing:
-                raise Refused(503, self.failure or "the server is shutting down")
+            if self.dead or self.closing:
+                raise Refused(503, self.failure or LEAVING)
             waiting = self.entering + len(self.llm.scheduler.waiting)
             if waiting + len(prompts) > self.max_queue:
                 raise Refused(429, f"{waiting} requests are waiting, of at most {self.max_queue}: try again later",
                               Retry_After="1")
-            stream = Stream(self, len(prompts))
+            stream = Stream(self, len(prompts), self.buffer * len(prompts) if streamed else math.inf)
             self.inbox.append((stream, prompts, params))
             self.entering += len(prompts)
             self.cond.notify()
@@ -119,13 +123,25 @@ class Door:
     # ---- the engine's side
 
     def _run(self):
+        """The loop. A step that fails has aborted the requests it worked on; the rest go on, unless several fail in a row."""
+        failures = 0
         try:
             while self._enter_and_leave():
-                self._deliver(self.llm.step())
+                try:
+                    outs = self.llm.step()
+                    failures, self.failure = 0, None
+                except Exception as error:
+                    traceback.print_exc(file=sys.stderr)
+                    failures, self.failure = failures + 1, f"the engine failed: {type(error).__name__}: {error}"
+                    if failures == MOST_FAILURES:
+                        raise
+                    for stream in {s for request_id, (s, _) in self.streams.items() if request_id not in self.llm.outputs}:
+                        self._abort(stream, self.failure)
+                    continue
+                self._deliver(outs)
         except BaseException as error:                  # whatever it is, nobody may be left waiting
-            traceback.print_exc(file=sys.stderr)
             with self.cond:
-                self.failure = f"the engine failed: {type(error).__name__}: {error}"
+                self.dead, self.failure = True, self.failure or f"the engine failed: {type(error).__name__}: {error}"
                 orphans = {s for s, _ in self.streams.values()} | {s for s, _, _ in self.inbox}
                 self.inbox.clear()
             for stream in orphans:
@@ -146,14 +162,15 @@ class Door:
                 dropped += {s for s, _ in self.streams.values()}
             over = self.closing and not self.llm.outputs
         for stream in dropped:
-            self._abort(stream)
+            self._abort(stream, LEAVING if self.aborting else None)
         return not over
 
     def _abort(self, stream, error=None):
-        aborted = [self.llm.abort(out.request_id) for out in stream.outs if out and out.finish_reason is None]
-        self._deliver(aborted)
-        if stream.open:
-            self._end(stream, error)
+        """End a stream and what is left of its requests; some may have been aborted already."""
+        stream.error = stream.error or error
+        for out in stream.outs:
+            self.llm.abort(out.request_id)
+        self._deliver([out for out in stream.outs if out.request_id in self.streams])
 
     def _deliver(self, outs):
         """Hand out what a step produced, with one call to each event loop."""
@@ -176,12 +193,12 @@ class Door:
                 stream.open -= 1
                 if not stream.open:
                     batch.append((stream, None))
-            elif stream.sent - stream.read > self.buffer:
+            elif stream.sent - stream.read > stream.patience:
                 slow.append(stream)
         for loop, batch in batches.items():
             self._call(loop, batch)
         for stream in dict.fromkeys(slow):
-            self._abort(stream, f"the client fell more than {self.buffer} tokens behind")
+            self._abort(stream, f"aborted: the client fell more than {self.buffer} tokens behind")
 
     def _end(self, stream, error):
         stream.open, stream.error = 0, error

@@ -45,7 +45,8 @@ def machine():
         except (OSError, IndexError, subprocess.CalledProcessError):
             driver = "unknown: no nvidia-smi"
     return {"gpu": device_name(torch.device("cuda")) if gpu else None, "driver": driver,
-            "cpu": device_name(torch.device("cpu")), "torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()}
+            "cpu": device_name(torch.device("cpu")), "torch": torch.__version__, "cuda": torch.version.cuda,
+            "python": platform.python_version()}
 
 
 def host_read_bandwidth(threads=None, rounds=5):
@@ -56,12 +57,15 @@ def host_read_bandwidth(threads=None, rounds=5):
     return statistics.median(read_bandwidth(data, threads) for _ in range(rounds))
 
 
-def ceilings(device, dtype=torch.bfloat16):
+def ceilings(device):
     """The machine's limits on this torch.device, all measured now: copy GB/s (bytes read plus bytes written), matrix TFLOP/s
-    in `dtype`, host read GB/s, and on CUDA PCIe GB/s either way through pinned memory."""
-    cuda = device.type == "cuda"
+    in 16 bits, host read GB/s, and on CUDA PCIe GB/s either way through pinned memory."""
+    cuda, threads = device.type == "cuda", torch.get_num_threads()
+    dtype = torch.float16 if cuda and torch.cuda.get_device_capability(device)[0] < 8 else torch.bfloat16
     size, n = (COPIED, 8192) if cuda else (COPIED // 4, 1024)
-    seconds = lambda run, **names: Timer(run, globals=names).blocked_autorange(min_run_time=0.3).median
+
+    def seconds(run, **names):
+        return Timer(run, globals=names, num_threads=threads).blocked_autorange(min_run_time=0.3).median
     a, b = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
     a.random_(), b.random_()
     out = {"copy_gb_s": 2 * size / seconds("b.copy_(a)", a=a, b=b) / 1e9}
@@ -74,8 +78,8 @@ def ceilings(device, dtype=torch.bfloat16):
             out[name] = size / seconds(run, a=a, host=host) / 1e9
         del a, b, x, y, host
         torch.cuda.empty_cache()                   # what comes next plans with what is free
-    return out | {"host_read_gb_s": host_read_bandwidth(), "host_threads": numba.get_num_threads(), "torch_threads":
-                  torch.get_num_threads(), "dtype": str(dtype)[6:]}
+    return out | {"host_read_gb_s": host_read_bandwidth(), "host_threads": numba.get_num_threads(), "torch_threads": threads,
+                  "dtype": str(dtype)[6:]}
 
 
 def show(found):

@@ -46,9 +46,10 @@ class SamplingParams:
     def __post_init__(self):
         self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
         for name, ok, need in (("max_tokens", self.max_tokens >= 1, "1 or more"),
-                               ("temperature", self.temperature >= 0, "0 or more"),
-                               ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
-                               ("top_k", self.top_k >= 0, "0 or more"),
+                               ("temperature", self.temperature == 0 or 1e-4 <= self.temperature <= 1e4,
+                                "0, or from 0.0001 to 10000"),
+                               ("top_p", 1e-6 <= self.top_p <= 1, "from 0.000001 to 1"),
+                               ("top_k", 0 <= self.top_k < 2 ** 31, "0 or more, below 2^31"),
                                ("stop", all(self.stop), "strings that are not empty")):
             if not ok:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: must be {need}")
@@ -240,7 +241,8 @@ class LLM:
         return out
 
     def step(self):
-        """One iteration: plan, forward, sample, commit. Returns the outputs that got a token; [] when idle.
+        """One iteration: plan, forward, sample, commit. Returns the outputs that got a token: none when idle, or while there
+        are only prompts with more chunks to come.
 
         If anything raises, the requests of this iteration are aborted (the rest go on) and it is raised again.
         """
@@ -467,12 +469,13 @@ def main(argv=None):
     except KeyboardInterrupt:
         sys.exit("interrupted before the first token")
     print(llm.describe(), file=sys.stderr)
-    llm.verbose, shown = args.verbose, 0
+    llm.verbose, shown, ids = args.verbose, 0, 0
     try:
         while out.finish_reason is None:
             llm.step()
             if llm.tokenizer is None:
-                print(out.token_ids[-1], end=" ", flush=True)
+                print("".join(f"{t} " for t in out.token_ids[ids:]), end="", flush=True)
+                ids = len(out.token_ids)
             else:
                 text = out.settled_text()
                 print(text[shown:], end="", flush=True)

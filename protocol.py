@@ -1,26 +1,33 @@
 """OpenAI's JSON: the requests that the server takes, checked strictly, and the shapes of what it answers."""
+from typing import Annotated
+
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, FailFast, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
 from neo import SamplingParams
 
 Number = StrictInt | StrictFloat
+MOST_STOPS = 16, 256            # stop strings, and characters of one: they are searched for after every token
 
 
-class StreamOptions(BaseModel):
+class Strict(BaseModel):
+    """Unknown fields are refused, and nothing of another type is taken for what was meant."""
+    model_config = ConfigDict(extra="forbid")
+
+
+class StreamOptions(Strict):
     include_usage: StrictBool = False
 
 
-class Common(BaseModel):
-    """What both kinds of request may say. Unknown fields are refused, but for those that only label a request."""
-    model_config = ConfigDict(extra="forbid")
+class Common(Strict):
+    """What both kinds of request may say. `user` and `metadata` label a request and do nothing."""
     model: StrictStr
     max_tokens: StrictInt | None = None
     temperature: Number | None = None
     top_p: Number | None = None
     top_k: StrictInt | None = None
     seed: StrictInt | None = None
-    stop: StrictStr | list[StrictStr] | None = None
+    stop: str | list | None = None                             # its elements: see params()
     stream: StrictBool | None = False
     stream_options: StreamOptions | None = None
     ignore_eos: StrictBool | None = False
@@ -36,6 +43,10 @@ class Common(BaseModel):
 
     def params(self, logprobs):
         """The engine's SamplingParams. Raises ValueError on what it cannot do."""
+        many, long = MOST_STOPS
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if len(stops) > many or not all(isinstance(s, str) and len(s) <= long for s in stops):
+            raise ValueError(f"stop: must be a string or a list of strings, at most {many} of {long} characters")
         for name in ("n", "best_of", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"):
             value, neutral = getattr(self, name), type(self).model_fields[name].default
             if value not in (neutral, None, {}):
@@ -46,32 +57,39 @@ class Common(BaseModel):
 
 
 class Completion(Common):
-    prompt: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
-    logprobs: StrictInt | None = Field(None, ge=0, le=5)
+    prompt: str | list             # its elements: see prompts()
+    logprobs: StrictInt | None = Field(None, ge=0, le=1)
     echo: StrictBool | None = False
     suffix: StrictStr | None = None
 
     def prompts(self):
-        """A list of str or of lists of token ids."""
+        """A list of str or of lists of token ids. Raises ValueError on anything else; slow on long prompts, and so not
+        left to the validation, which holds up the event loop."""
         if self.echo or self.suffix:
             raise ValueError("echo and suffix are not supported: leave them out")
-        one = isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int))
-        return [self.prompt] if one else self.prompt
+        is_ids = lambda x: isinstance(x, list) and all(type(t) is int for t in x)
+        prompts = [self.prompt] if isinstance(self.prompt, str) or (self.prompt and is_ids(self.prompt)) else self.prompt
+        if not (prompts and all(isinstance(p, str) or is_ids(p) for p in prompts)):
+            raise ValueError("prompt: must be a string, a list of token ids, or a list of either; and not empty")
+        return prompts
 
 
-class Part(BaseModel):
-    type: StrictStr
-    text: StrictStr
-
-
-class Message(BaseModel):
+class Message(Strict):
     role: StrictStr
-    content: StrictStr | list[Part]
+    content: str | list | None
     name: StrictStr | None = None
+
+    def text(self):
+        """Its content in one piece. Raises ValueError on parts that are no text."""
+        parts = [{"type": "text", "text": self.content or ""}] if not isinstance(self.content, list) else self.content
+        for part in parts:
+            if not (isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text" and isinstance(part["text"], str)):
+                raise ValueError('messages: content must be a string or a list of {"type": "text", "text": ...}')
+        return "".join(part["text"] for part in parts)
 
 
 class Chat(Common):
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(min_length=1), FailFast()]
     max_completion_tokens: StrictInt | None = None
     logprobs: StrictBool | None = False
     top_logprobs: StrictInt | None = Field(None, ge=0, le=0)
@@ -85,18 +103,18 @@ def problem(status, message, code=None, headers=None):
     return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": code}}, status, headers)
 
 
-def choice(kind, piece, with_logprobs, chunk):
-    """One choice of a response, or of a chunk of a stream, from a door.Piece."""
+def choice(kind, piece, names, chunk, first=True):
+    """One choice of a response, or of a chunk of a stream, from a door.Piece. names: its tokens in text, if their
+    log-probabilities are wanted; first: is it the first of its choice?"""
     said = {"index": piece.index, "finish_reason": piece.finish_reason, "token_ids": piece.token_ids, "logprobs": None}
-    names = [str(t) for t in piece.token_ids]
     if kind == "chat":
-        said["delta" if chunk else "message"] = {"role": "assistant", "content": piece.text}
-        if with_logprobs:
+        said["delta" if chunk else "message"] = ({"role": "assistant"} if first else {}) | {"content": piece.text}
+        if names is not None:
             said["logprobs"] = {"content": [{"token": t, "logprob": p, "bytes": None, "top_logprobs": []}
                                             for t, p in zip(names, piece.logprobs)]}
     else:
         said["text"] = piece.text
-        if with_logprobs:
+        if names is not None:
             said["logprobs"] = {"tokens": names, "token_logprobs": piece.logprobs, "top_logprobs": None, "text_offset": None}
     return said
 

@@ -42,5 +42,5 @@ def _draw(logits, outs):
     keep = (rank < column([p.top_k or x.shape[1] for p in params])) & (before < column([p.top_p for p in params]))
     mass = (probs * keep).cumsum(-1)
     u = column([out.rng.random() for out in outs]) * mass[:, -1:]
-    pick = (mass <= u).sum(-1, keepdim=True).clamp(max=keep.sum(-1, keepdim=True) - 1)
+    pick = (mass <= u).sum(-1, keepdim=True).clamp(max=keep.sum(-1, keepdim=True).clamp(min=1) - 1)
     return order.gather(1, pick)[:, 0].tolist()

@@ -35,7 +35,7 @@ class Request:
     num_kv: int = 0                    # tokens in the cache: 0 before prefill, growing by chunks, then all but the last
     rows: int = 0                      # prompt tokens that are prefilled in this iteration
     num_blocks: int = 0                # blocks counted for it
-    moved: int = 0                     # iteration in which it last got a token
+    moved: int = 0                     # iteration in which it last got a token, or a chunk was prefilled
     finish_reason: str = None          # "stop", "length" or "abort"
 
     @property
@@ -98,7 +98,7 @@ class Plan:
     preempted: list = field(default_factory=list)   # requests whose blocks are freed
     swap_out: list = field(default_factory=list)    # to the CPU tier
     swap_in: list = field(default_factory=list)     # to the GPU tier
-    prefill: list = field(default_factory=list)     # prompts admitted, their tier set
+    prefill: list = field(default_factory=list)     # prompts admitted or continued, their tier and rows set
     batches: list = field(default_factory=list)     # one Batch, or two to be pipelined
     predicted: object = None                        # perfmodel.Prediction, if there is a performance model
 
@@ -132,7 +132,8 @@ class Scheduler:
         self.waiting = deque()
         self.running = {"gpu": {}, "cpu": {}}       # id -> Request, KV in this tier
         self.iteration = self.arrivals = 0
-        self.output_ratio = 0.5                     # output / max_tokens of finished requests, a moving average
+        self.output_ratio = 0.5                     # output / max_tokens of finished requests, a moving average, and
+        self.output_mean = None                     # their tokens: who asks for all there is will hardly use it
         self.stats = Counter()
 
     # ---- what the engine calls
@@ -190,7 +191,9 @@ class Scheduler:
         else:
             self.waiting.remove(request)
         if reason != "abort" and not request.exact:
-            self.output_ratio += 0.05 * (len(request.output) / request.max_tokens - self.output_ratio)
+            made = len(request.output)
+            self.output_ratio += 0.05 * (made / request.max_tokens - self.output_ratio)
+            self.output_mean = made if self.output_mean is None else self.output_mean + 0.05 * (made - self.output_mean)
 
     # ---- the verbs of a strategy
 
@@ -218,7 +221,7 @@ class Scheduler:
         for r in sorted(begun, key=lambda r: r.arrival):
             if min(budget, pace) > 0:
                 take(r)
-        while self.waiting and min(budget, pace, room) > 0 and not plan.preempted:
+        while self.waiting and min(budget, pace, room) > 0 and not (plan.preempted and not self.idle):
             r = self.waiting[0]
             need = self._blocks(r.num_tokens)
             tier = next((t for t in tiers if need <= self.slack[t] and may(t, r) and self._lasts(t, r)), None)
@@ -298,7 +301,13 @@ class Scheduler:
         return (self._blocks(now + at) * (more >= at)).sum(1).max() <= self.num_blocks[tier]
 
     def _expected(self, r):
-        return r.max_tokens if r.exact else max(int(r.max_tokens * self.output_ratio), 1)
+        """Tokens that a request will produce: known, or judged by those that have finished."""
+        if r.exact:
+            return r.max_tokens
+        likely = r.max_tokens * self.output_ratio
+        if self.output_mean is not None:
+            likely = min(likely, max(2 * self.output_mean, len(r.output) + self.block_size))
+        return max(int(likely), 1)
 
     def _count(self, plan):
         s = self.stats

@@ -12,6 +12,7 @@ import contextlib
 import hmac
 import json
 import signal
+import socket
 import sys
 import time
 import uuid
@@ -73,9 +74,7 @@ def make_app(llm, door, template=None, api_key=None, max_body=1 << 22):
                 raise ValueError(f"unknown model {body.model!r}: this server has {llm.name!r}")
             params = body.params(logprobs)
             ids = await run_in_threadpool(lambda: [llm.check(p, params) for p in make_prompts()])
-            if not ids:
-                raise ValueError("prompt: the list is empty")
-            stream = door.submit(ids, params)
+            stream = door.submit(ids, params, bool(body.stream))
         except Refused as refusal:
             return problem(refusal.status, refusal, headers=refusal.headers)
         except ValueError as error:
@@ -100,8 +99,11 @@ def make_app(llm, door, template=None, api_key=None, max_body=1 << 22):
         if stream.error:
             return problem(503, stream.error)
         whole = (Piece(i, o.text, o.token_ids, o.logprobs, o.finish_reason) for i, o in enumerate(stream.outs))
-        choices = [choice(kind, piece, logprobs, False) for piece in whole]
+        choices = [choice(kind, piece, names(piece) if logprobs else None, False) for piece in whole]
         return JSONResponse(head | {"object": name, "choices": choices, "usage": usage(stream.outs)})
+
+    def names(piece):
+        return [llm.tokenizer.decode([t]) if llm.tokenizer else str(t) for t in piece.token_ids]
 
     async def disconnected(http):
         while (await http.receive())["type"] != "http.disconnect":
@@ -114,8 +116,11 @@ def make_app(llm, door, template=None, api_key=None, max_body=1 << 22):
     async def events(stream, kind, head, logprobs, with_usage):
         line = lambda data: f"data: {json.dumps(data)}\n\n"
         try:
+            begun = set()
             async for piece in stream:
-                yield line(head | {"choices": [choice(kind, piece, logprobs, True)]})
+                said = choice(kind, piece, names(piece) if logprobs else None, True, piece.index not in begun)
+                yield line(head | {"choices": [said]})
+                begun.add(piece.index)
             if stream.error:
                 yield line(json.loads(problem(503, stream.error).body))
             elif with_usage:
@@ -134,14 +139,18 @@ def make_app(llm, door, template=None, api_key=None, max_body=1 << 22):
             return problem(400, f"{llm.name} comes without a chat template: use /v1/completions")
         asked = (body.max_completion_tokens, body.max_tokens, llm.max_request_len)     # by default to the end, as OpenAI's chat
         body.max_tokens = next(n for n in asked if n is not None)
-        text = lambda content: content if isinstance(content, str) else "".join(part.text for part in content)
-        messages = [{"role": m.role, "content": text(m.content)} for m in body.messages]
-        return await answer(http, "chat", body, lambda: [template(messages)], bool(body.logprobs))
+        prompts = lambda: [template([{"role": m.role, "content": m.text()} for m in body.messages])]
+        return await answer(http, "chat", body, prompts, bool(body.logprobs))
+
+    model = {"id": llm.name, "object": "model", "created": 0, "owned_by": "neo", "max_model_len": llm.max_request_len}
 
     @app.get("/v1/models")
     def models():
-        return {"object": "list", "data": [{"id": llm.name, "object": "model", "created": 0, "owned_by": "neo",
-                                            "max_model_len": llm.max_request_len}]}
+        return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{name:path}")
+    def one_model(name: str):
+        return model if name == llm.name else problem(404, f"unknown model {name!r}: this server has {llm.name!r}")
 
     @app.get("/health")
     def health():
@@ -155,7 +164,8 @@ def make_app(llm, door, template=None, api_key=None, max_body=1 << 22):
 
 
 class Server(uvicorn.Server):
-    """uvicorn that on SIGTERM or Ctrl-C stops accepting, gives requests a grace time, and leaves with 0."""
+    """uvicorn that on SIGTERM or Ctrl-C stops accepting, gives requests a grace time, and leaves with 0; at the second
+    signal at once."""
 
     def __init__(self, config, door, grace):
         super().__init__(config)
@@ -166,6 +176,9 @@ class Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
 
         def leave():
+            if self.should_exit:
+                self.door.abort_all()
+                self.force_exit = True
             self.door.close()
             loop.call_later(self.grace, self.door.abort_all)
             self.should_exit = True
@@ -190,9 +203,16 @@ def main(argv=None):
     add_engine_args(parser)
     args = parser.parse_args(argv)
     try:
-        for name, least in (("max_queue", 1), ("max_body", 1), ("buffer", 1), ("grace", 0)):
-            if getattr(args, name) < least:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {least} or more")
+        for name, least, most in (("max_queue", 1, 10 ** 9), ("max_body", 1, 10 ** 12), ("buffer", 1, 10 ** 9),
+                                  ("grace", 0, 10 ** 6), ("port", 0, 65535)):
+            if not least <= getattr(args, name) <= most:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from {least} to {most}")
+        if args.api_key == "":
+            raise ValueError("--api-key is empty: give a key, or leave the flag out to ask for none")
+        try:                                                                           # now, not after minutes of loading
+            listening = socket.create_server((args.host, args.port), family=socket.AF_INET6 if ":" in args.host else socket.AF_INET)
+        except OSError as error:
+            raise ValueError(f"cannot listen on {args.host}, port {args.port} ({error}): choose another with --port") from None
         llm = LLM(args.model, args.strategy, **engine_args(args))
         template = load_chat_template(llm.name, llm.tokenizer)
     except ValueError as error:
@@ -201,11 +221,12 @@ def main(argv=None):
         sys.exit("interrupted before the first request")
     print(llm.describe(), file=sys.stderr)
     door = Door(llm, args.max_queue, args.buffer)
-    config = uvicorn.Config(make_app(llm, door, template, args.api_key, args.max_body), host=args.host, port=args.port,
-                            log_level="warning", timeout_graceful_shutdown=int(args.grace) + 2)
-    server = Server(config, door, args.grace)
-    print(f"serving    http://{args.host}:{args.port}/v1", file=sys.stderr, flush=True)
-    server.run()
+    config = uvicorn.Config(make_app(llm, door, template, args.api_key, args.max_body), log_level="warning",
+                            timeout_graceful_shutdown=int(args.grace) + 10)            # an iteration may take a while to end
+    print(f"serving    http://{args.host}:{listening.getsockname()[1]}/v1", file=sys.stderr, flush=True)
+    Server(config, door, args.grace).run([listening])
+    signal.signal(signal.SIGTERM, signal.SIG_IGN), signal.signal(signal.SIGINT, signal.SIG_IGN)
+    door.abort_all()
     door.join()
 
 

@@ -272,6 +272,7 @@ def profile_samples(llm):
     key = dict(version=PROFILE_VERSION, device=device_name(llm.device), torch=torch.__version__, dtype=str(llm.dtype),
                threads=[llm.gpu_threads, llm.cpu_threads], attention=llm.model.attention(budget.block_size),
                geometry=[cfg.n_layer, cfg.n_head, cfg.n_kv_head, cfg.head_dim, cfg.n_embd, cfg.n_ffn, cfg.vocab_size],
+               tiers=[n.bit_length() for n in budget.num_blocks.values()],  # roughly, as they bound what is measured
                block_size=budget.block_size, max_model_len=budget.max_model_len,
                max_batch_tokens=budget.max_batch_tokens)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]

@@ -179,7 +179,7 @@ class _Shapes:
 
     def rate(self, n, b):
         """Predicted tokens per ms."""
-        return (self.worth + n) / self.ms(n, b)
+        return (self.worth + n) / (self.ms(n, b) or 1.0)           # no rows at all: nothing
 
     def candidates(self, due):
         """[(n, b)]: GPU rows alone; one sub-batch with 1/8, 2/8 ... 8/8 of the CPU decodes, or as many as hide behind

@@ -5,13 +5,16 @@
 Models are tiny and made on the spot; nothing is downloaded. What is slow or random is asserted on tokens, invariants
 and overlap, never on time.
 """
+import atexit
 import dataclasses
 import importlib.util
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
 import types
 from pathlib import Path
 
@@ -21,6 +24,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+os.environ["XDG_CACHE_HOME"] = CACHE = tempfile.mkdtemp()        # of profiles; read when startup is imported
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"        # read when Triton is imported: its kernels then run on the CPU, slowly
 
@@ -835,6 +840,37 @@ def test_gpu_only_does_not_thrash():
     assert rows[1] >= 0.95 * rows[0]
 
 
+@pytest.mark.parametrize("strategy", ["serial", "neo"])
+def test_a_lone_request_that_outgrows_its_tier_moves_at_once(strategy):
+    """Preempted from a CPU tier smaller than the GPU's, with nobody else there: no iteration without rows."""
+    s = Scheduler(strategy, {"gpu": 6, "cpu": 5}, 16, 400, 2048, FixedPerf())
+    s.swap_in = lambda plan: None                       # as if others had held the GPU tier until just now
+    s.add(Request(0, [0] * 50, 46))
+    plan = s.plan()
+    s.commit(plan, [7])
+    r = s.running["gpu"][0]                             # put it where it will not fit
+    s._leave(r)
+    s._enter(r, "cpu", r.num_kv)
+    while not r.finish_reason:
+        plan = s.plan()
+        assert plan.requests
+        s.commit(plan, [7] * len(plan.sampled))
+    assert s.stats["preemptions"] == 1 and r.tier is None
+
+
+def test_who_asks_for_everything_is_not_expected_to_use_it():
+    """Requests with a generous max_tokens that end early: many run side by side once a few have ended."""
+    s = Scheduler("gpu-only", {"gpu": 100, "cpu": 0}, 16, 1600, 2048)
+    for i in range(60):
+        s.add(Request(i, [0] * 30, 1500, stop_ids=frozenset([9])))
+    most = 0
+    while s.waiting or not s.idle:
+        plan = s.plan()
+        most = max(most, len(plan.requests))
+        s.commit(plan, [9 if len(r.output) == 20 else 7 for r in plan.sampled])
+    assert most > 10
+
+
 def test_running_requests_are_bounded():
     _, plans = simulate("gpu-only", [(1, 3000)] * (MAX_RUNNING + 5), 10 ** 6, 0)
     assert max(len(p.requests) for p in plans) == MAX_RUNNING
@@ -952,7 +988,7 @@ def test_bad_requests_are_refused_and_the_others_go_on(tiny):
     with pytest.raises(RuntimeError, match="in flight"):
         tiny.reset("neo")
     for kwargs, message in ((dict(max_tokens=0), "max_tokens = 0"), (dict(temperature=-1), "temperature"),
-                            (dict(top_p=0), "top_p"), (dict(top_k=-1), "top_k"), (dict(stop=""), "stop")):
+                            (dict(top_p=0), "top_p"), (dict(top_k=-1), "top_k"), (dict(temperature=1e-9), "0.0001"), (dict(stop=""), "stop")):
         with pytest.raises(ValueError, match=message):
             SamplingParams(**kwargs)
     while tiny.outputs:
@@ -1121,8 +1157,9 @@ def test_command_line(text_models):
         ["the scheduler"], SamplingParams(max_tokens=12, ignore_eos=True))[0]
     assert done.returncode == 0 and done.stdout == want.text
     assert done.stderr.count("iteration ") == 12 and "predicted" in done.stderr and "KV budget" in done.stderr
-    ids = run_script("neo.py", "--model", "tiny", "--device", "cpu", "--token-ids", "1 2 3", "--max-tokens", "4")
-    assert len(ids.stdout.split()) <= 4 and "random weights" in ids.stderr
+    ids = run_script("neo.py", "--model", "tiny", "--device", "cpu", "--token-ids", "1 2 3 4 5", "--max-tokens", "4", "--ignore-eos",
+                     "--max-batch-tokens", "2")
+    assert len(ids.stdout.split()) == 4 and "random weights" in ids.stderr
     for extra, message in ((["--prompt", ""], "empty"), (["--prompt", "x", "--max-tokens", "0"], "max_tokens = 0"),
                            (["--prompt", "x", "--strategy", "none"], "unknown strategy"),
                            (["--prompt", "x", "--no-such-flag"], "no-such-flag")):
@@ -1284,7 +1321,7 @@ def test_bench_rejects_bad_flags():
     for argv, message in ((["--model", "llama-9b"], "unknown model"), (["--strategies", "gpu-only,none"], "unknown strategy"),
                           (["--num-prompts", "0"], "--num-prompts"), (["--dataset-name", "lengths"], "--dataset-path"),
                           (["--frobnicate"], "frobnicate"), (["--rates", "1,0"], "--rates 0.0: must be above 0"),
-                          (["--goodput", "itl:5"], "--goodput itl"), (["--goodput", "ttft"], "ttft:2000"), (["--replay"], "--dataset-path"), (["--dataset-name", "lengths", "--dataset-path", "/no"], "/no")):
+                          (["--goodput", "itl:5"], "--goodput itl"), (["--goodput", "ttft"], "ttft:2000"), (["--replay"], "--dataset-path"), (["--rates", "1", "--repeats", "2"], "--repeats"), (["--speed", "2"], "--replay"), (["--dataset-name", "lengths", "--dataset-path", "/no"], "/no")):
         done = run_script("bench.py", *(argv if "--model" in argv else ["--model", "tiny", *argv]))
         assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
 

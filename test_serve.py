@@ -20,8 +20,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from test_neo import text_models  # noqa: F401  a fixture; first, as it keeps profiles out of the user's cache
 from neo import LLM, SamplingParams
-from test_neo import text_models  # noqa: F401  a fixture
 
 httpx, openai, uvicorn = (pytest.importorskip(name) for name in ("httpx", "openai", "uvicorn"))
 from door import Door  # noqa: E402
@@ -120,8 +120,10 @@ def test_chat_uses_the_template(text_server):
     ask = dict(model=text_server.llm.name, messages=messages, max_completion_tokens=8, temperature=0, extra_body={"ignore_eos": True})
     whole = text_server.openai.chat.completions.create(**ask, logprobs=True)
     assert whole.choices[0].message.content == want.text and len(whole.choices[0].logprobs.content) == 8
-    chunks = text_server.openai.chat.completions.create(**ask, stream=True)
+    chunks = list(text_server.openai.chat.completions.create(**ask, stream=True))
     assert "".join(c.choices[0].delta.content for c in chunks) == want.text
+    assert [c.choices[0].delta.role for c in chunks] == ["assistant"] + [None] * 7
+    assert all(t.token in want.text or "\ufffd" in t.token for t in whole.choices[0].logprobs.content)
     with pytest.raises(openai.BadRequestError, match="no tools here"):
         text_server.openai.chat.completions.create(**ask | {"messages": [{"role": "tool", "content": "x"}]})
 
@@ -156,7 +158,7 @@ def test_what_a_load_generator_sends(server):
             "stream_options": {"include_usage": True}, "ignore_eos": True, "best_of": 1}
     lines = [json.loads(x[6:]) for x in server.post(body).text.split("\n\n")[:-2]]
     assert len(lines) == 6 and lines[-1]["usage"]["completion_tokens"] == 5
-    assert server.openai.models.list().data[0].id == "tiny" and httpx.get(server.url + "/health").json() == {"status": "ok"}
+    assert server.openai.models.list().data[0].id == server.openai.models.retrieve("tiny").id == "tiny" and httpx.get(server.url + "/health").json() == {"status": "ok"}
     wait_for(lambda: idle(server.llm))
     text = httpx.get(server.url + "/metrics").text
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
@@ -220,7 +222,14 @@ def test_a_reader_that_stalls_is_aborted_and_holds_nobody_up():
         assert running.post({"prompt": [7], "max_tokens": 5, "ignore_eos": True}).status_code == 200
         wait_for(lambda: idle(running.llm), 60)
         assert any(o.finish_reason == "abort" for o in outs)
+        s.settimeout(20)
+        told = b""
+        while b"[DONE]" not in told and (part := s.recv(1 << 16)):
+            told += part
+        assert b"the client fell more than 20 tokens behind" in told
         s.close()
+        whole = running.post(body | {"stream": False})                              # nobody reads before the end: no hurry
+        assert whole.status_code == 200 and {c["finish_reason"] for c in whole.json()["choices"]} == {"length"}
     finally:
         running.stop()
 
@@ -263,6 +272,67 @@ def test_an_engine_failure_is_an_error_not_a_hang(stream, monkeypatch):
         running.stop()
 
 
+def test_a_step_that_fails_costs_its_requests_alone():
+    """The others go on, /health recovers with the next step that works."""
+    running = Running(LLM("tiny", "gpu-only", **SMALL | {"gpu_blocks": 4, "max_model_len": 64}))
+    try:
+        llm, run, calls = running.llm, running.llm.model.run, []
+
+        def fails_once(batches, kv):
+            calls.append(1)
+            if len(calls) == 5:
+                raise RuntimeError("one bad step")
+            run(batches, kv)
+        llm.model.run = fails_once
+        answers = []
+        ask = lambda: answers.append(running.post({"prompt": [1] * 30, "max_tokens": 20, "ignore_eos": True}))
+        threads = [threading.Thread(target=ask) for _ in range(4)]               # two fit at a time
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        codes = sorted(r.status_code for r in answers)
+        assert codes[0] == 200 and codes[-1] == 503 and codes.count(503) <= 2
+        assert all("one bad step" in r.text for r in answers if r.status_code == 503)
+        assert httpx.get(running.url + "/health").status_code == 200 and idle(llm)
+    finally:
+        running.stop()
+
+
+def test_sampling_at_the_edges_hurts_nobody(text_server):
+    for extreme in ({"temperature": 1e-50}, {"top_p": 1e-50}, {"top_k": 10 ** 400}, {"temperature": 10 ** 400}, {"temperature": 1e9}):
+        r = text_server.post({"prompt": "x", "max_tokens": 3} | extreme)
+        assert r.status_code == 400, r.text
+    for edge in ({"temperature": 1e-4}, {"temperature": 1e4}, {"top_p": 1e-6, "temperature": 1}, {"top_k": 2 ** 31 - 1, "temperature": 1}):
+        assert text_server.post({"prompt": "x", "max_tokens": 3} | edge).status_code == 200
+    chat = {"messages": [{"role": "user", "content": "\ud800"}]}
+    for path, body in (("/v1/completions", {"prompt": "\ud800"}), ("/v1/completions", {"prompt": ["a", "\ud800"]}), ("/v1/chat/completions", chat)):
+        r = text_server.post(json.dumps({"model": text_server.llm.name} | body).encode(), path, headers={"Content-Type": "application/json"})
+        assert r.status_code == 400, r.text
+    assert httpx.get(text_server.url + "/health").status_code == 200
+
+
+def test_a_large_bad_body_does_not_stop_the_loop():
+    running = Running(LLM("tiny", "neo", **SMALL))
+    try:
+        bodies = [b'{"model": "tiny", "prompt": [%s "x"]}' % (b"1," * 400_000), b'{"model": "tiny", "messages": [%s 1]}' % (b"1," * 400_000),
+                  b'{"model": "tiny", "prompt": [1], "stop": [%s "x"]}' % (b'"y",' * 200_000)]
+        for body, path in zip(bodies, ("/v1/completions", "/v1/chat/completions", "/v1/completions")):
+            r = running.post(body, path, headers={"Content-Type": "application/json"})
+            assert r.status_code == 400 and len(r.text) < 1000
+    finally:
+        running.stop()
+
+
+def test_serve_refuses_what_cannot_work_before_loading():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for flags, message in ((["--port", str(taken.getsockname()[1])], "cannot listen"), (["--port", "99999"], "--port 99999"),
+                               (["--api-key", ""], "--api-key is empty"), (["--grace", "nan"], "--grace nan"), (["--max-queue", "0"], "--max-queue")):
+            done = subprocess.run([sys.executable, "serve.py", "--model", "tiny", "--device", "cpu", *flags], capture_output=True, text=True,
+                                  timeout=60, cwd=Path(__file__).parent)
+            assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr and "device" not in done.stderr
+
+
 @pytest.mark.parametrize("grace, ended", [("30", "length"), ("0.3", "abort")])
 def test_sigterm_in_mid_stream(grace, ended):
     """Within the grace time the stream runs to its end, beyond it the request is aborted; the exit code is 0 either way."""
@@ -289,7 +359,10 @@ def test_sigterm_in_mid_stream(grace, ended):
             for n, line in enumerate(x for x in r.iter_lines() if x.startswith("data: {")):
                 if n == 3:
                     process.send_signal(signal.SIGTERM)
-                reasons.append(json.loads(line[6:])["choices"][0]["finish_reason"])
+                said = json.loads(line[6:])
+                reasons.append(said["choices"][0]["finish_reason"] if "choices" in said else said["error"]["message"])
+        if ended == "abort":                             # said as an error, too: an abort is no way for a completion to end
+            assert reasons.pop() == "the server is shutting down"
         assert reasons[-1] == ended and set(reasons[:-1]) == {None}
         assert process.wait(20) == 0
     finally:
@@ -301,7 +374,8 @@ def test_sigterm_in_mid_stream(grace, ended):
 @pytest.mark.parametrize("body, message", [
     ({"prompt": [1] * 400}, "400 tokens.*limit is 400"), ({"prompt": "text"}, "without a tokenizer"), ({"prompt": []}, "empty"), ({}, "prompt"),
     ({"prompt": [1], "model": "gpt"}, "unknown model"), ({"prompt": [1], "max_tokens": -1}, "max_tokens = -1"), ({"prompt": [1, 512]}, "0..511"),
-    ({"prompt": [1], "temperature": -1}, "temperature"), ({"prompt": [1], "n": 2}, "n = 2"), ({"prompt": [1], "max_tokens": "7"}, "max_tokens"),
+    ({"prompt": [1, "x"]}, "must be a string"), ({"prompt": [1, True]}, "must be a string"), ({"prompt": [1], "logprobs": 5}, "logprobs"),
+    ({"prompt": [1], "stream_options": {"x": 1}}, "stream_options"), ({"prompt": [1], "temperature": -1}, "temperature"), ({"prompt": [1], "n": 2}, "n = 2"), ({"prompt": [1], "max_tokens": "7"}, "max_tokens"),
     ({"prompt": [1], "frobnicate": 1}, "frobnicate"), ({"prompt": [1], "stream": 1}, "stream"), ({"prompt": [1], "top_p": 0}, "top_p"),
     ({"prompt": [[]]}, "empty"), ({"prompt": [1], "echo": True}, "echo"), ({"prompt": [1], "stop": "x"}, "stop strings")])
 def test_bad_requests_get_400_in_openais_shape(server, body, message):

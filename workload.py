@@ -2,6 +2,7 @@
 import csv
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -53,7 +54,7 @@ def read_lengths(path, times=False):
             rows = list(csv.DictReader(text.splitlines()))
             pairs = [(int(r["ContextTokens"]), int(r["GeneratedTokens"])) for r in rows]
         if times:
-            stamps = [datetime.fromisoformat(r["TIMESTAMP"][:26]) for r in rows]
+            stamps = [datetime.fromisoformat(re.match(r"[-\d]+.[:\d]+(\.\d{1,6})?", r["TIMESTAMP"])[0]) for r in rows]
             pairs = [(*p, (t - stamps[0]).total_seconds()) for p, t in zip(pairs, stamps)]
     except (OSError, NameError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a lengths file ({type(error).__name__}: {error}); expected CSV with ContextTokens "
