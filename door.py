@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 LEAVING = "the server is shutting down"
 MOST_FAILURES = 3           # steps that may fail in a row before the engine gives up
+ILL_SECONDS = 10.0          # that /health tells of a step that failed, if no other step has succeeded since
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)      # histogram buckets
 
 
@@ -70,7 +71,8 @@ class Door:
         self.cond = threading.Condition()               # guards the next four
         self.inbox, self.dropped, self.entering = [], [], 0
         self.closing = self.aborting = False
-        self.failure, self.dead, self.streams = None, False, {}     # why the last step failed; request id -> (Stream, index)
+        self.failure, self.failed_at, self.dead = None, 0.0, False      # why and when the last step failed; for good?
+        self.streams = {}                               # request id -> (Stream, index)
         self.meters = Meters(llm)
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.thread.start()
@@ -116,6 +118,10 @@ class Door:
     def join(self):
         self.thread.join()
 
+    def illness(self):
+        """Why the engine is not to be trusted just now, or None."""
+        return self.failure if self.dead or time.perf_counter() - self.failed_at < ILL_SECONDS else None
+
     def metrics(self):
         """Prometheus text."""
         return self.meters.text()
@@ -132,7 +138,8 @@ class Door:
                     failures, self.failure = 0, None
                 except Exception as error:
                     traceback.print_exc(file=sys.stderr)
-                    failures, self.failure = failures + 1, f"the engine failed: {type(error).__name__}: {error}"
+                    failures, self.failed_at = failures + 1, time.perf_counter()
+                    self.failure = f"the engine failed: {type(error).__name__}: {error}"
                     if failures == MOST_FAILURES:
                         raise
                     for stream in {s for request_id, (s, _) in self.streams.items() if request_id not in self.llm.outputs}:

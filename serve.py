@@ -154,7 +154,7 @@ def make_app(llm, door, template=None, api_key=None, max_body=1 << 22):
 
     @app.get("/health")
     def health():
-        return problem(503, door.failure) if door.failure else {"status": "ok"}
+        return problem(503, door.illness()) if door.illness() else {"status": "ok"}
 
     @app.get("/metrics")
     def metrics():
