@@ -153,8 +153,8 @@ def figure_grid(args):
                                  seed=args.seed, strategy=s, max_batch_tokens=8192) for k in keys for s in ("gpu-only", "neo")},
                   "grid")
     done = [k for k in keys if (*k, "neo") in results]
-    over = {k: results[*k, "neo"]["output_throughput"] / results[*k, "gpu-only"]["output_throughput"] for k in done}
-    share = {k: results[*k, "neo"]["fluid_share"] for k in done}
+    over = {k: results[(*k, "neo")]["output_throughput"] / results[(*k, "gpu-only")]["output_throughput"] for k in done}
+    share = {k: results[(*k, "neo")]["fluid_share"] for k in done}
     mean = lambda values: math.exp(statistics.fmean(map(math.log, values)))
     lines = [f"{'':14s}{'neo / gpu-only':>30s}{'neo / fluid limit':>30s}",
              f"{'':14s}" + 2 * f"{'mean':>10s}{'worst':>10s}{'best':>10s}"]
