@@ -280,7 +280,7 @@ class KVCache:
 
     def _gather(self, cache, blocks):
         """Blocks of a cache [num_blocks, Hkv, bs, D] -> [tokens, Hkv, D] on the device."""
-        if cache.device == self.device:
+        if cache.device.type == self.device.type:                            # "cuda" is not equal to "cuda:0"
             found = cache[blocks]
         else:
             stage = torch.empty(len(blocks), *cache.shape[1:], dtype=cache.dtype, pin_memory=True)
