@@ -255,7 +255,8 @@ def parse_args(argv=None):
     parser.add_argument("--repeats", type=int, default=1, metavar="N", help="interleaved rounds; medians are reported")
     parser.add_argument("--save-result", action="store_true", help="write the JSON (also if --result-filename is given)")
     parser.add_argument("--result-filename", metavar="F.json")
-    parser.add_argument("--plot", metavar="F.png", help="bars of throughput and latency (needs matplotlib)")
+    parser.add_argument("--plot", metavar="F.png", help="bars of throughput and latency; with --rates the "
+                        "load-latency curves (needs matplotlib)")
     parser.add_argument("--timeline", metavar="F.json", help="Chrome / Perfetto trace of the first round")
     parser.add_argument("--verbose", action="store_true", help="one line per iteration")
     add_engine_args(parser)

@@ -251,6 +251,8 @@ def main(argv=None):
     parser.add_argument("--result-filename", metavar="F.json")
     add_engine_args(parser)
     args = parser.parse_args(argv)
+    if args.simulate:
+        parser.error("--simulate: this measures a machine, not a simulation")
     if args.what == "all":
         return run_all([args.part] if args.part else list(COMMANDS))
     try:
