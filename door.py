@@ -69,7 +69,7 @@ class Door:
     def __init__(self, llm, max_queue=256, buffer=1024):
         self.llm, self.max_queue, self.buffer = llm, max_queue, buffer
         self.cond = threading.Condition()               # guards the next four
-        self.inbox, self.dropped, self.entering = [], [], 0
+        self.inbox, self.dropped = [], []               # (Stream, prompts, params); Streams
         self.closing = self.aborting = False
         self.failure, self.failed_at, self.dead = None, 0.0, False      # why and when the last step failed; for good?
         self.streams = {}                               # request id -> (Stream, index)
@@ -87,13 +87,12 @@ class Door:
         with self.cond:
             if self.dead or self.closing:
                 raise Refused(503, self.failure or LEAVING)
-            waiting = self.entering + len(self.llm.scheduler.waiting)
+            waiting = sum(len(entering) for _, entering, _ in self.inbox) + len(self.llm.scheduler.waiting)
             if waiting + len(prompts) > self.max_queue:
                 raise Refused(429, f"{waiting} requests are waiting, of at most {self.max_queue}: try again later",
                               Retry_After="1")
             stream = Stream(self, len(prompts), self.buffer * len(prompts) if streamed else math.inf)
             self.inbox.append((stream, prompts, params))
-            self.entering += len(prompts)
             self.cond.notify()
         return stream
 
@@ -121,10 +120,6 @@ class Door:
     def illness(self):
         """Why the engine is not to be trusted just now, or None."""
         return self.failure if self.dead or time.perf_counter() - self.failed_at < ILL_SECONDS else None
-
-    def metrics(self):
-        """Prometheus text."""
-        return self.meters.text()
 
     # ---- the engine's side
 
@@ -163,7 +158,6 @@ class Door:
                     request_id = self.llm.add_request(ids, params)
                     stream.outs[i], self.streams[request_id] = self.llm.outputs[request_id], (stream, i)
             self.inbox.clear()
-            self.entering = 0
             dropped, self.dropped = self.dropped, []
             if self.aborting:
                 dropped += {s for s, _ in self.streams.values()}
@@ -247,6 +241,7 @@ class Meters:
             self.tpot.observe(seconds / (len(out.token_ids) - 1))
 
     def text(self):
+        """Prometheus text."""
         scheduler = self.llm.scheduler
         self.waiting.set(len(scheduler.waiting))
         for tier in ("gpu", "cpu"):

@@ -101,14 +101,11 @@ class TritonAttention(TorchAttention):
         if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError("gpu_attn 'triton' needs a CUDA GPU (or TRITON_INTERPRET=1, for tests): take numba or torch")
         import gpu_kernels
-        self.ops, self.store, self.kernel = gpu_kernels, gpu_kernels.store, gpu_kernels.paged_decode
+        self.ops, self.store, self.decode = gpu_kernels, gpu_kernels.store, gpu_kernels.paged_decode
         self.flash, self.why = find_varlen(device, dtype)
 
     def describe(self):
         return f"Triton decode, {'FlashAttention' if self.flash else f'torch ({self.why})'} prefill"
-
-    def decode(self, q, k_cache, v_cache, block_table, seq_lens, scale, out):
-        self.kernel(q, k_cache, v_cache, block_table, seq_lens, scale, out)
 
     def prefill(self, q, k, v, lens, kv_lens, scale, out):
         if not self.flash or q.shape[2] % 8 or q.shape[2] > 256:              # heads that FlashAttention takes

@@ -133,8 +133,12 @@ def _swiglu(x, y, F, BLOCK: tl.constexpr):
 # ------------------------------------------------------------------------------------------------------- the launches
 
 @lru_cache
-def _processors(device):
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+def _gpu(device):
+    """(processors, whether Triton has matrix instructions for it); the interpreter stands for a small one that has."""
+    if device.type != "cuda":
+        return 4, True
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.major >= 8
 
 
 def step_tokens(G, DP, itemsize, has_mma):
@@ -157,7 +161,8 @@ def paged_decode(q, k_cache, v_cache, block_table, seq_lens, scale, out, chunk=N
     _, Hkv, bs, _ = k_cache.shape
     width = block_table.shape[1] * bs
     assert D <= 256 and H % Hkv == 0 and q.stride(2) == out.stride(2) == 1 and k_cache.stride()[2:] == (D, 1)
-    chunk = chunk or chunk_size(width, B * Hkv, _processors(q.device))
+    processors, has_mma = _gpu(q.device)
+    chunk = chunk or chunk_size(width, B * Hkv, processors)
     chunks, DP = -(-width // chunk), max(16, triton.next_power_of_2(D))
     if chunks > 1:
         part = torch.empty(B, H, chunks, D, dtype=torch.float32, device=q.device)
@@ -166,7 +171,7 @@ def paged_decode(q, k_cache, v_cache, block_table, seq_lens, scale, out, chunk=N
         part, lse = out[:, :, None], seq_lens                   # lse: not touched
     G = H // Hkv
     GP = 1 if G == 1 else max(16, triton.next_power_of_2(G))
-    N = step_tokens(G, DP, k_cache.element_size(), INTERPRETED or torch.cuda.get_device_capability(q.device)[0] >= 8)
+    N = step_tokens(G, DP, k_cache.element_size(), has_mma)
     _decode[(B, Hkv, chunks)](
         q, k_cache, v_cache, block_table, seq_lens, part, lse, scale, q.stride(0), q.stride(1), *k_cache.stride()[:2],
         block_table.stride(0), *part.stride()[:3], bs, chunk, H, G, D, GP, DP, N,

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import bench
+from workload import draw_arrivals
 
 CLOSE = {True: 1.02, False: 1.1}       # how near the two rates around the limit must be: simulated, measured
 MOST_RUNS = 12                         # of a search, per strategy
@@ -33,18 +34,16 @@ class Sweep:
     """Runs points of curves and keeps them: results {strategy: {rate: result}}, lowest rate first."""
 
     def __init__(self, llm, work, args, strategies):
-        self.llm, self.work, self.args, self.interrupted = llm, work, args, False
-        unit = np.random.default_rng([args.seed, 1]).exponential(1.0, len(work.prompts)).cumsum()
+        self.llm, self.work, self.args = llm, work, args
+        unit = np.array(draw_arrivals(1.0, len(work.prompts), np.random.default_rng([args.seed, 1])))
         self.unit = unit * len(unit) / unit[-1]                 # one request per second, exactly
         self.results = {s: {} for s in strategies}
 
     def run(self, strategy, rate):
         """Serve the workload at a rate (requests per second; inf: all at once), print the row; seconds per output token."""
-        arrivals = [0.0] * len(self.unit) if math.isinf(rate) else (self.unit / rate).tolist()
-        work = dataclasses.replace(self.work, arrivals=arrivals)
+        work = dataclasses.replace(self.work, arrivals=(self.unit / rate).tolist())
         result, _ = bench.serve(self.llm, strategy, work, quiet=bool(self.llm.testbed))
-        self.interrupted |= result["interrupted"]
-        if self.interrupted:
+        if result["interrupted"]:
             raise KeyboardInterrupt                             # half a point is none
         self.results[strategy] = dict(sorted((self.results[strategy] | {rate: result}).items()))
         cells = "".join(f"{factor * result[key]:>12{form}}" for key, _, factor, form in columns(self.args))
@@ -92,7 +91,7 @@ def write_plot(path, results, title, latency):
 
 def main(args, llm, work, strategies):
     """What bench.py does under --rates or --at-latency. Exits with 130 if interrupted, with the results so far."""
-    sweep, found = Sweep(llm, work, args, strategies), {}
+    sweep, found, interrupted = Sweep(llm, work, args, strategies), {}, False
     print(f"\n{'strategy':12s}{'rate/s':>8s}" + "".join(f"{label:>12s}" for _, label, _, _ in columns(args)))
     try:
         for rate in args.rates or ():
@@ -101,7 +100,7 @@ def main(args, llm, work, strategies):
         for s in strategies if args.at_latency else ():
             found[s] = sweep.highest_rate(s, args.at_latency)
     except KeyboardInterrupt:
-        sweep.interrupted = True
+        interrupted = True
         print("interrupted; the point at hand is dropped", file=sys.stderr)
     where = bench.where(llm)
     served = {s: sweep.results[s][rate]["request_throughput"] for s, rate in found.items() if rate}
@@ -126,5 +125,5 @@ def main(args, llm, work, strategies):
         print(f"result: {path}")
     if args.plot:
         bench.try_plot(write_plot, args.plot, sweep.results, f"{args.model}, {work.source}, {where}", args.at_latency)
-    if sweep.interrupted:
+    if interrupted:
         sys.exit(130)

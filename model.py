@@ -278,7 +278,7 @@ class Model:
     def bucket(self, num_gpu, num_cpu):
         """Decode rows -> rows that they are padded to, so that few captures serve all: the same where nothing is captured.
         GPU rows alone go up in steps, eight to a power of two; beside CPU rows both in powers of two."""
-        if self.eager or max(num_gpu, num_cpu) > MOST_CAPTURED:
+        if not self._captures(num_gpu, num_cpu):
             return num_gpu, num_cpu
 
         def up(n, parts):
@@ -286,11 +286,14 @@ class Model:
             return -(-n // step) * step if n else 0
         return up(num_gpu, 1 if num_cpu else 8), up(num_cpu, 1)
 
+    def _captures(self, num_gpu, num_cpu):
+        return not self.eager and max(num_gpu, num_cpu) <= MOST_CAPTURED
+
     def place(self, b, kv):
         """Give b its working tensors; returns (linear, attend) to run it with."""
         N, num_gpu = len(b.tokens), b.num_gpu
         self.host[b.index].fit(b.num_cpu, b.host_rows)
-        replays = None if self.eager or b.num_prefill or max(num_gpu, N - num_gpu) > MOST_CAPTURED else self._replays(b, kv)
+        replays = self._replays(b, kv) if not b.num_prefill and self._captures(num_gpu, N - num_gpu) else None
         if replays is None:
             b.x, b.qkv, b.o = self._working(N)
             return self.linear, self.attend

@@ -296,9 +296,9 @@ class SimulatedModel:
         loads = []
         for b in batches:
             past = [n for n, _ in b.prefill_past]
-            stored = list(accumulate(b.prefill_lens)).index(b.num_stored) + 1 if b.num_stored else 0     # prompts
+            fetched = sum(n for n, end in zip(past, accumulate(b.prefill_lens)) if end <= b.num_stored)
             loads.append(perf.load(len(b.tokens), [(n, n + rows) for n, rows in zip(past, b.prefill_lens)], b.num_stored,
-                                   sum(past[:stored]), int(b.gpu_lens.sum()), b.num_cpu, int(b.cpu_lens.sum())))
+                                   fetched, int(b.gpu_lens.sum()), b.num_cpu, int(b.cpu_lens.sum())))
         t = perf.iteration(loads, [len(b.last) for b in batches])
         self.now = start + t.total / 1e3
         self.records = [(lane, "iteration", 0, 0, start, start + ms / 1e3) for lane, ms in (("gpu", t.gpu), ("cpu", t.cpu))]

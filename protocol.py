@@ -81,11 +81,13 @@ class Message(Strict):
 
     def text(self):
         """Its content in one piece. Raises ValueError on parts that are no text."""
-        parts = [{"type": "text", "text": self.content or ""}] if not isinstance(self.content, list) else self.content
-        for part in parts:
-            if not (isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text" and isinstance(part["text"], str)):
-                raise ValueError('messages: content must be a string or a list of {"type": "text", "text": ...}')
-        return "".join(part["text"] for part in parts)
+        if not isinstance(self.content, list):
+            return self.content or ""
+        is_text = lambda part: (isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text"
+                                and isinstance(part["text"], str))
+        if not all(map(is_text, self.content)):
+            raise ValueError('messages: content must be a string or a list of {"type": "text", "text": ...}')
+        return "".join(part["text"] for part in self.content)
 
 
 class Chat(Common):
@@ -95,12 +97,17 @@ class Chat(Common):
     top_logprobs: StrictInt | None = Field(None, ge=0, le=0)
 
 
-def problem(status, message, code=None, headers=None):
+def said_error(status, message, code=None):
     """An error in OpenAI's shape."""
     kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
         status, "server_error" if status >= 500 else "invalid_request_error")
     message = str(message).encode("ascii", "backslashreplace").decode()                # what clients sent may be no Unicode
-    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": code}}, status, headers)
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+def problem(status, message, code=None, headers=None):
+    """A response that is an error."""
+    return JSONResponse(said_error(status, message, code), status, headers)
 
 
 def choice(kind, piece, names, chunk, first=True):

@@ -27,10 +27,8 @@ from starlette.exceptions import HTTPException
 from checkpoint import load_chat_template
 from door import Door, Piece, Refused
 from neo import LLM, STRATEGIES, add_engine_args, engine_args
-from protocol import Chat, Completion, choice, problem, usage
+from protocol import Chat, Completion, choice, problem, said_error, usage
 
-
-# ---------------------------------------------------------------------------------------------------------- the server
 
 class Limits:
     """ASGI middleware: the API key, and a bound on the size of a body, before anybody reads either."""
@@ -122,7 +120,7 @@ def make_app(llm, door, template=None, api_key=None, max_body=1 << 22):
                 yield line(head | {"choices": [said]})
                 begun.add(piece.index)
             if stream.error:
-                yield line(json.loads(problem(503, stream.error).body))
+                yield line(said_error(503, stream.error))
             elif with_usage:
                 yield line(head | {"choices": [], "usage": usage(stream.outs)})
             yield "data: [DONE]\n\n"
@@ -154,11 +152,12 @@ def make_app(llm, door, template=None, api_key=None, max_body=1 << 22):
 
     @app.get("/health")
     def health():
-        return problem(503, door.illness()) if door.illness() else {"status": "ok"}
+        illness = door.illness()
+        return problem(503, illness) if illness else {"status": "ok"}
 
     @app.get("/metrics")
     def metrics():
-        return PlainTextResponse(door.metrics(), media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(door.meters.text(), media_type="text/plain; version=0.0.4")
 
     return app
 
@@ -179,9 +178,10 @@ class Server(uvicorn.Server):
             if self.should_exit:
                 self.door.abort_all()
                 self.force_exit = True
-            self.door.close()
-            loop.call_later(self.grace, self.door.abort_all)
-            self.should_exit = True
+            else:
+                self.door.close()
+                loop.call_later(self.grace, self.door.abort_all)
+                self.should_exit = True
         for s in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(s, leave)
         yield

@@ -1213,15 +1213,20 @@ def test_cards(tmp_path, capsys):
             gpu_card.main(["all"])
 
 
-def test_bench_survives_ctrl_c(tmp_path, monkeypatch, capsys):
+def interrupt_at(monkeypatch, n):
+    """Ctrl-C at the n-th iteration of any engine."""
     steps, step = [], LLM.step
 
     def interrupted(self):
         steps.append(1)
-        if len(steps) == 40:
+        if len(steps) == n:
             raise KeyboardInterrupt
         return step(self)
     monkeypatch.setattr(LLM, "step", interrupted)
+
+
+def test_bench_survives_ctrl_c(tmp_path, monkeypatch, capsys):
+    interrupt_at(monkeypatch, 40)
     with pytest.raises(SystemExit, match="130"):
         bench.main(["--model", "tiny", "--device", "cpu", "--strategies", "gpu-only,neo", "--num-prompts", "30",
                     "--input-len", "40", "--output-len", "8", "--result-filename", str(tmp_path / "r.json")])
@@ -1287,14 +1292,7 @@ def test_load_latency_curves(tmp_path, capsys):
 
 
 def test_load_latency_survives_ctrl_c(tmp_path, monkeypatch, capsys):
-    steps, step = [], LLM.step
-
-    def interrupted(self):
-        steps.append(1)
-        if len(steps) == 150:
-            raise KeyboardInterrupt
-        return step(self)
-    monkeypatch.setattr(LLM, "step", interrupted)
+    interrupt_at(monkeypatch, 150)
     with pytest.raises(SystemExit, match="130"):
         bench.main(["--model", "tiny", "--simulate", "t4", "--gpu-blocks", "20", "--rates", "1,2,3,4,5,6", "--num-prompts", "9", "--output-len",
                     "9", "--input-len", "30", "--strategies", "gpu-only", "--result-filename", str(tmp_path / "r.json")])

@@ -49,14 +49,14 @@ def read_lengths(path, times=False):
     try:
         text = Path(path).read_text()
         if text.lstrip().startswith("["):
-            pairs = [(int(r["prompt"]), int(r["max_tokens"])) for r in json.loads(text)]
+            rows, names = json.loads(text), ("prompt", "max_tokens")
         else:
-            rows = list(csv.DictReader(text.splitlines()))
-            pairs = [(int(r["ContextTokens"]), int(r["GeneratedTokens"])) for r in rows]
+            rows, names = list(csv.DictReader(text.splitlines())), ("ContextTokens", "GeneratedTokens")
+        pairs = [tuple(int(r[name]) for name in names) for r in rows]
         if times:
             stamps = [datetime.fromisoformat(re.match(r"[-\d]+.[:\d]+(\.\d{1,6})?", r["TIMESTAMP"])[0]) for r in rows]
             pairs = [(*p, (t - stamps[0]).total_seconds()) for p, t in zip(pairs, stamps)]
-    except (OSError, NameError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a lengths file ({type(error).__name__}: {error}); expected CSV with ContextTokens "
                          'and GeneratedTokens, or JSON [{"prompt": n, "max_tokens": n}]') from None
     pairs = [p for p in pairs if p[0] > 0 and p[1] > 0]
