@@ -1,21 +1,22 @@
-"""Attention on the GPU tier. One signature, several back ends:
+"""Attention on the GPU tier, by one of several back ends with the same methods:
 
-    torch     plain torch: right on any device and in any dtype
-    numba     on a GPU that is played by CPU cores: the paged kernel of cpu_attn.py, on the GPU's own threads
-    triton    on CUDA: our paged decode kernel (gpu_kernels.py); prompts through the FlashAttention inside torch where GPU,
-              dtype and torch allow it, else as `torch` does
+    torch     plain torch: right on any device, in any dtype, and the reference of the others
+    numba     where CPU cores play the GPU: decode by the kernel of cpu_attn.py, on those cores
+    triton    on CUDA: decode and store by kernels/triton_kernels.py; prompts by torch's
+              FlashAttention where GPU and dtype allow it, elsewhere as `torch` does
 
-    store(k, v, k_cache, v_cache, slots)                              new rows into the paged cache
-    prefill(q, k, v, lens, kv_lens, scale, out)                       causal, a ragged batch of prompts
-    decode(q, k_cache, v_cache, block_table, seq_lens, scale, out)    one new row per sequence over its blocks
+A new one derives from Backend and enters BACKENDS; then --gpu-attn NAME selects it.
 
-A back end is a class with these three methods; model.py calls nothing else, so a faster one plugs in by its name in
-BACKENDS. Knows one layer and the GPU tier, nothing of schedulers or of the CPU tier. Glossary of symbols: model.py.
+Knows one layer's tensors on one device, nothing of requests, policy or the CPU tier. It imports
+cpu_attn.py for `numba` alone. Glossary of symbols: model.py.
+
+    python -m pytest kernels/test_kernels.py -k "gpu_attention or back_ends or flash"
 """
 import importlib.util
 import inspect
 import os
 import warnings
+from abc import ABC, abstractmethod
 from functools import lru_cache
 from itertools import accumulate
 
@@ -24,14 +25,54 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 import cpu_attn
-from kvcache import FORMATS, to_numpy
+
+DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
-class TorchAttention:
-    """Indexing and scaled_dot_product_attention. Decode gathers the paged KV into a padded copy: three times the
-    memory traffic of a paged kernel."""
-    padded = False      # takes rows of padding (slot -1, length 0), as a captured launch has them?
-    ops = None          # a module with RoPE and SwiGLU in one kernel each, where there is one
+def as_numpy(tensor):
+    """A CPU tensor as NumPy, no copy. NumPy has no bf16: bf16 and fp16 come as uint16 bits."""
+    return (tensor.view(torch.uint16) if tensor.element_size() == 2 else tensor).numpy()
+
+
+class Backend(ABC):
+    """All that model.py uses of a back end. Its __init__ raises ValueError where it cannot run."""
+    padded = False      # does it skip rows of padding (slot -1, length 0)? CUDA graphs need that
+    ops = None          # a module with rotate_ and swiglu; None: model.TorchOps
+
+    @abstractmethod
+    def __init__(self, device, dtype):
+        """device, dtype: torch's, of all tensors below."""
+
+    @abstractmethod
+    def describe(self):
+        """Which kernels run, in words."""
+
+    @abstractmethod
+    def store(self, k, v, k_cache, v_cache, slots):
+        """k, v [n, Hkv, D] -> caches [num_blocks, Hkv, bs, D] at slots [n]: block * bs + offset."""
+
+    @abstractmethod
+    def prefill(self, q, k, v, lens, kv_lens, out, scale):
+        """Causal attention of prompts, sequences end to end, in place into out.
+
+        q, out  [sum lens, H, D]; k, v [sum kv_lens, Hkv, D]; lens, kv_lens are lists.
+        A sequence's rows of q are the last of its kv_lens positions. Each attends to the positions
+        up to its own.
+        """
+
+    @abstractmethod
+    def decode(self, q, k_cache, v_cache, block_table, seq_lens, out, scale, lse=None):
+        """Attention of one new row per sequence over its blocks, in place into out.
+
+        q, out       [B, H, D]; caches [num_blocks, Hkv, bs, D] with the new token in them
+        block_table  [B, blocks] int32; seq_lens [B] int32, the new token included
+        lse          None, or [B, H] float32, contiguous: log(sum over tokens of exp(scale q . k))
+        """
+
+
+class TorchAttention(Backend):
+    """Indexing and scaled_dot_product_attention. Decode first copies the paged KV to a padded
+    tensor: three times the memory traffic of a paged kernel."""
 
     def __init__(self, device, dtype):
         pass
@@ -40,42 +81,46 @@ class TorchAttention:
         return "torch"
 
     def store(self, k, v, k_cache, v_cache, slots):
-        """k, v [n, Hkv, D] into k_cache, v_cache [num_blocks, Hkv, bs, D] at slots [n] int (block * bs + offset)."""
         bs = k_cache.shape[2]
         block, offset = slots // bs, slots % bs
         k_cache[block, :, offset] = k
         v_cache[block, :, offset] = v
 
-    def prefill(self, q, k, v, lens, kv_lens, scale, out):
-        """q, out [sum lens, H, D]; k, v [sum kv_lens, Hkv, D]; sequences end to end. Rows of q are the last of their
-        sequence's kv_lens positions, and each sees those up to its own."""
+    def prefill(self, q, k, v, lens, kv_lens, out, scale):
         G = q.shape[1] // k.shape[1]
-        at, kv_at = 0, 0
-        for n, m in zip(lens, kv_lens):
-            qi = q[at:at + n].transpose(0, 1)[None]                                             # [1, H, n, D]
-            ki, vi = (t[kv_at:kv_at + m].transpose(0, 1)[None] for t in (k, v))                 # [1, Hkv, m, D]
-            if qi.is_cuda and G > 1:                # its kernels that need no [n, m] scores in memory want equal heads
-                ki, vi = (t.repeat_interleave(G, 1) for t in (ki, vi))
-            mask = dict(is_causal=True) if n == m else dict(attn_mask=causal_lower_right(n, m))
-            o = F.scaled_dot_product_attention(qi, ki, vi, scale=scale, enable_gqa=ki.shape[1] != qi.shape[1], **mask)
-            out[at:at + n] = o[0].transpose(0, 1)
-            at, kv_at = at + n, kv_at + m
+        start, kv_start = 0, 0
+        for n, m in zip(lens, kv_lens, strict=True):
+            end, kv_end = start + n, kv_start + m
+            qi = q[start:end].transpose(0, 1)[None]                         # [1, H, n, D]
+            ki, vi = (x[kv_start:kv_end].transpose(0, 1)[None]              # [1, Hkv, m, D]
+                      for x in (k, v))
+            if qi.is_cuda and G > 1:    # kernels without [n, m] scores in memory need equal heads
+                ki, vi = (x.repeat_interleave(G, 1) for x in (ki, vi))
+            mask = {"is_causal": True} if n == m else {"attn_mask": causal_lower_right(n, m)}
+            o = F.scaled_dot_product_attention(
+                qi, ki, vi, scale=scale, enable_gqa=ki.shape[1] != qi.shape[1], **mask)
+            out[start:end] = o[0].transpose(0, 1)
+            start, kv_start = end, kv_end
 
-    def decode(self, q, k_cache, v_cache, block_table, seq_lens, scale, out):
-        """q, out [B, H, D]; caches [num_blocks, Hkv, bs, D]; block_table [B, blocks], seq_lens [B] int32."""
-        B, width = block_table.shape
-        _, Hkv, bs, D = k_cache.shape
-
-        def gather(cache):                                                                  # [B, Hkv, width * bs, D]
-            return cache[block_table].transpose(1, 2).reshape(B, Hkv, width * bs, D)
-        mask = torch.arange(width * bs, device=q.device) < seq_lens[:, None]                # [B, width * bs]
-        o = F.scaled_dot_product_attention(q[:, :, None], gather(k_cache), gather(v_cache), mask[:, None, None],
-                                           scale=scale, enable_gqa=True)                    # [B, H, 1, D]
+    def decode(self, q, k_cache, v_cache, block_table, seq_lens, out, scale, lse=None):
+        B, H, D = q.shape
+        Hkv, tokens = k_cache.shape[1], block_table.shape[1] * k_cache.shape[2]
+        k, v = (cache[block_table].transpose(1, 2).reshape(B, Hkv, tokens, D)
+                for cache in (k_cache, v_cache))
+        mask = torch.arange(tokens, device=q.device) < seq_lens[:, None]    # [B, tokens]
+        mask = mask[:, None, None]
+        o = F.scaled_dot_product_attention(
+            q[:, :, None], k, v, mask, scale=scale, enable_gqa=True)        # [B, H, 1, D]
         out.copy_(o[:, :, 0])
+
+        if lse is not None:
+            scores = q.reshape(B, Hkv, -1, D).float() @ k.float().mT        # [B, Hkv, G, tokens]
+            scores = (scores * scale).masked_fill(~mask, float("-inf"))
+            lse.copy_(scores.logsumexp(-1).view(B, H))
 
 
 class NumbaAttention(TorchAttention):
-    """Decode through cpu_attn's paged kernel, which reads the KV once, where it lies."""
+    """Decode by cpu_attn's kernel, which reads the KV once, where it lies."""
 
     def __init__(self, device, dtype):
         if device.type != "cpu":
@@ -84,85 +129,95 @@ class NumbaAttention(TorchAttention):
     def describe(self):
         return "Numba decode, torch prefill"
 
-    def decode(self, q, k_cache, v_cache, block_table, seq_lens, scale, out):
+    def decode(self, q, k_cache, v_cache, block_table, seq_lens, out, scale, lse=None):
         result = torch.empty(q.shape, dtype=torch.float32)
-        cpu_attn.paged_decode(q.float().contiguous().numpy(), to_numpy(k_cache), to_numpy(v_cache), block_table.numpy(),
-                              seq_lens.numpy(), result.numpy(), scale, FORMATS[q.dtype])
+        cpu_attn.paged_decode(
+            q.float().contiguous().numpy(), as_numpy(k_cache), as_numpy(v_cache),
+            block_table.numpy(), seq_lens.numpy(), result.numpy(), scale, DTYPE_NAMES[q.dtype],
+            lse=None if lse is None else lse.numpy())
         out.copy_(result)
 
 
 class TritonAttention(TorchAttention):
-    """Paged decode and store by our Triton kernels, prompts by FlashAttention. On a CPU only under Triton's interpreter."""
+    """Paged decode and store by our Triton kernels, prompts by FlashAttention (torch >= 2.11)."""
     padded = True
 
     def __init__(self, device, dtype):
         if not importlib.util.find_spec("triton"):
-            raise ValueError("gpu_attn 'triton' needs the package triton, which torch's CUDA builds bring: pip install triton")
+            raise ValueError("gpu_attn 'triton' needs the package triton, which torch's CUDA "
+                             "builds bring: pip install triton")
         if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError("gpu_attn 'triton' needs a CUDA GPU (or TRITON_INTERPRET=1, for tests): take numba or torch")
-        import gpu_kernels
-        self.ops, self.store, self.decode = gpu_kernels, gpu_kernels.store, gpu_kernels.paged_decode
-        self.flash, self.why = find_varlen(device, dtype)
+            raise ValueError("gpu_attn 'triton' needs a CUDA GPU (or TRITON_INTERPRET=1, for "
+                             "tests): take numba or torch")
+        from kernels import triton_kernels
+        self.ops, self.no_flash = triton_kernels, why_no_flash(device, dtype)
+        if not self.no_flash:               # the import takes seconds
+            from torch.nn.attention.varlen import varlen_attn
+            self.use_flash(varlen_attn)
+
+    def use_flash(self, varlen_attn):
+        """It has taken grouped heads, and an option for them, since torch 2.12."""
+        self.no_flash, self.varlen_attn = "", varlen_attn
+        self.takes_groups = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
     def describe(self):
-        return f"Triton decode, {'FlashAttention' if self.flash else f'torch ({self.why})'} prefill"
+        prompts = f"torch ({self.no_flash})" if self.no_flash else "FlashAttention"
+        return f"Triton decode, {prompts} prefill"
 
-    def prefill(self, q, k, v, lens, kv_lens, scale, out):
-        if not self.flash or q.shape[2] % 8 or q.shape[2] > 256:              # heads that FlashAttention takes
-            return super().prefill(q, k, v, lens, kv_lens, scale, out)
+    def store(self, k, v, k_cache, v_cache, slots):
+        self.ops.store(k, v, k_cache, v_cache, slots)
+
+    def decode(self, q, k_cache, v_cache, block_table, seq_lens, out, scale, lse=None):
+        self.ops.paged_decode(q, k_cache, v_cache, block_table, seq_lens, out, scale, lse=lse)
+
+    def prefill(self, q, k, v, lens, kv_lens, out, scale):
+        if self.no_flash or q.shape[2] % 8 or q.shape[2] > 256:     # D that FlashAttention takes
+            return super().prefill(q, k, v, lens, kv_lens, out, scale)
+
         ends = row_ends(tuple(lens), tuple(kv_lens), q.device)
-        out.copy_(self.flash(q, k, v, ends[0], ends[1], max(lens), max(kv_lens), scale))
+        options = {"scale": scale, "window_size": (-1, 0)}          # (-1, 0): causal
+        G = q.shape[1] // k.shape[1]
+        if G > 1 and self.takes_groups:
+            options["enable_gqa"] = True
+        elif G > 1:
+            k, v = (x.repeat_interleave(G, 1) for x in (k, v))
+        out.copy_(self.varlen_attn(q, k, v, ends[0], ends[1], max(lens), max(kv_lens), **options))
 
 
-@lru_cache(4)                                       # every layer of a sub-batch asks for the same
+@lru_cache(4)                           # every layer of a sub-batch asks for the same
 def row_ends(lens, kv_lens, device):
-    """Cumulated lengths, [2, len(lens) + 1] int32 on the device."""
+    """Sums of the first 0, 1, 2, ... lengths: [2, len(lens) + 1] int32 on the device."""
     ends = torch.tensor([[0, *accumulate(x)] for x in (lens, kv_lens)], dtype=torch.int32)
     return ends.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ends
 
 
-def find_varlen(device, dtype):
-    """(torch's FlashAttention on ragged batches, "") or (None, the reason why not).
-
-    It is called as f(q, k, v, ends of q, ends of k, longest q, longest k, scale); its signature differs between torch
-    versions: causality was a flag before it was a window, scale (ours is its default) and grouped heads came later."""
+def why_no_flash(device, dtype):
+    """Why torch's FlashAttention cannot take the prompts here; "" if it can."""
     if device.type != "cuda":
-        return None, "no CUDA"
+        return "no CUDA"
     if torch.cuda.get_device_capability(device)[0] < 8:
-        return None, "FlashAttention needs compute capability 8.0"
+        return "FlashAttention needs compute capability 8.0"
     if dtype == torch.float32:
-        return None, "FlashAttention knows no float32"
-    if not importlib.util.find_spec("torch.nn.attention.varlen"):
-        return None, f"torch {torch.__version__} has no varlen_attn"
-    from torch.nn.attention.varlen import varlen_attn
-    return bind_varlen(varlen_attn), ""
-
-
-def bind_varlen(varlen_attn):
-    """varlen_attn of any torch version -> the call that find_varlen promises."""
-    known = inspect.signature(varlen_attn).parameters
-    causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-
-    def attend(q, k, v, q_ends, k_ends, q_most, k_most, scale):
-        options = causal | ({"scale": scale} if "scale" in known else {})
-        G = q.shape[1] // k.shape[1]
-        if G > 1 and "enable_gqa" in known:
-            options["enable_gqa"] = True
-        elif G > 1:
-            k, v = k.repeat_interleave(G, 1), v.repeat_interleave(G, 1)
-        return varlen_attn(q, k, v, q_ends, k_ends, q_most, k_most, **options)
-    return attend
+        return "FlashAttention knows no float32"
+    return ""
 
 
 BACKENDS = {"torch": TorchAttention, "numba": NumbaAttention, "triton": TritonAttention}
 
 
 def choose(name, device, dtype):
-    """A back end by name, or for "auto" the fastest one here. Raises ValueError on an unknown or unusable one."""
-    if name == "auto":
-        name = "numba" if device.type == "cpu" else "triton" if importlib.util.find_spec("triton") else "torch"
-        if name == "torch":
-            warnings.warn("no package triton: GPU attention through plain torch, which is several times slower")
+    """A back end by name, or for "auto" the fastest one here; device, dtype: torch's.
+
+    Raises ValueError on an unknown or unusable one.
+    """
+    if name == "auto" and device.type == "cpu":
+        name = "numba"
+    elif name == "auto" and importlib.util.find_spec("triton"):
+        name = "triton"
+    elif name == "auto":
+        name = "torch"
+        warnings.warn("no package triton: GPU attention through plain torch, which is several "
+                      "times slower", stacklevel=2)
     if name not in BACKENDS:
         raise ValueError(f"gpu_attn {name!r}: must be auto, {', '.join(BACKENDS)}")
     return BACKENDS[name](device, dtype)

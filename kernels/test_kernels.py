@@ -1,0 +1,581 @@
+"""Tests of attention: every back end and every fast path against its slow reference.
+
+    python -m pytest kernels/test_kernels.py
+
+With a GPU, Triton's kernels run on it. Without one they run under Triton's interpreter, and are
+compiled for GPUs that are not here. The tiles of the dot path run everywhere: where a processor
+has no AVX512-BF16, its three instructions are replaced by several plain ones.
+"""
+import ast
+import importlib.util
+import itertools
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numba import njit
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"    # read when Triton is imported
+
+import cpu_attn
+import gpu_attn
+from checkpoint import PRESETS
+from kernels import cpu_bandwidth, cpu_tiles, llvm_code
+from model import TorchOps, rope_table
+
+GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+THREADS = range(1, min(2, cpu_attn.numba.config.NUMBA_NUM_THREADS) + 1)
+DTYPES = {name: dtype for dtype, name in gpu_attn.DTYPE_NAMES.items()}
+
+
+def paged_case(rng, B, H, Hkv, D, bs, lens, dtype):
+    """Random caches with permuted tables; unused slots hold NaN. Returns arguments of
+    paged_decode_reference."""
+    width = -(-max(lens) // bs) + 1
+    k, v = (rng.standard_normal((B * width, Hkv, bs, D), dtype=np.float32) for _ in "kv")
+    table = rng.permutation(B * width).astype(np.int32).reshape(B, width)
+    for b, n in enumerate(lens):
+        for j in range(width):
+            used = min(max(n - j * bs, 0), bs)
+            k[table[b, j], :, used:] = v[table[b, j], :, used:] = np.nan
+    if dtype == "bf16":
+        k, v = ((x.view(np.uint32) >> 16).astype(np.uint16) for x in (k, v))
+    elif dtype == "fp16":
+        k, v = (x.astype(np.float16).view(np.uint16) for x in (k, v))
+    q = rng.standard_normal((B, H, D), dtype=np.float32)
+    return q, k, v, table, np.array(lens, np.int32)
+
+
+def without_nan(x, dtype):
+    """The engine's GPU tier holds no NaN."""
+    return np.where(np.isnan(cpu_attn.to_float64(x, dtype)), 0, x).astype(x.dtype)
+
+
+def torch_cache(x, dtype, device="cpu"):
+    tensor = torch.from_numpy(x)
+    return (tensor if dtype == "fp32" else tensor.view(DTYPES[dtype])).to(device)
+
+
+def relative(got, want):
+    got = got.float().cpu().numpy() if isinstance(got, torch.Tensor) else got
+    return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+# ---- compiling for GPUs, beside all other tests
+
+CAPABILITIES = 75, 80, 90
+
+COMPILE = """
+import pathlib, subprocess, sys, tempfile
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kernels import triton_kernels
+
+tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+fn = triton_kernels._decode
+
+def compile(capability, dtype, D, G):
+    DP, mma = max(16, triton.next_power_of_2(D)), capability >= 80
+    N = triton_kernels.step_tokens(G, DP, 4 if dtype == "fp32" else 2, mma)
+    const = dict(G=G, D=D, GP=1 if G == 1 else 16, DP=DP, N=N, LSE_UNIT=1.0, WIDE=False)
+    kinds = dict(q="*" + dtype, k_cache="*" + dtype, v_cache="*" + dtype, o="*fp32", lse="*fp32",
+                 block_table="*i32", seq_lens="*i32", scale="fp32")
+    names = fn.arg_names
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names)
+               if n not in const and n not in ("scale", "bs", "chunk", "H")}
+    kinds = {n: "constexpr" if n in const else kinds.get(n, "i32") for n in names}
+    made = triton.compile(ASTSource(fn, kinds, const, aligned),
+                          target=GPUTarget("cuda", capability, 32),
+                          options=dict(num_warps=4, num_stages=2))
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        used = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True,
+                              text=True).stdout
+    ptx, case = made.asm["ptx"], (dtype, D, G)
+    assert "STACK:0 " in used, (case, used)
+    assert made.metadata.shared <= 64 << 10 or dtype == "fp32", made.metadata.shared
+    assert ".v4." in ptx, case
+    assert ("mma" in ptx) == (mma and G > 1 and dtype != "fp32"), case
+
+for capability in map(int, sys.argv[1:]):
+    for dtype in ("fp16", "bf16", "fp32"):
+        for D, G in ((64, 4), (80, 8), (128, 1), (128, 8), (256, 2)):
+            if capability >= 80 or dtype != "bf16":
+                compile(capability, dtype, D, G)
+    print("compiled for", capability, flush=True)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation(request, tmp_path_factory):
+    """A process that compiles, started before the first test, and the file that it prints to."""
+    if not any("compiles_for_gpus" in item.name for item in request.session.items):
+        yield
+        return
+    path = tmp_path_factory.mktemp("compile") / "printed"
+    with open(path, "w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", COMPILE, *map(str, CAPABILITIES)], stdout=file,
+            stderr=file, cwd=Path(__file__).parents[1], env=os.environ | {"TRITON_INTERPRET": "0"})
+    yield process, path
+    process.kill()
+    process.wait()
+
+
+# ---- the CPU tier
+
+@pytest.mark.parametrize("dtype, path", [
+    ("bf16", "dot"), ("bf16", "portable"), ("fp16", "portable"), ("fp32", "portable")])
+@pytest.mark.parametrize("H, Hkv, D, bs", [
+    (4, 4, 64, 16), (3, 3, 96, 32), (6, 3, 80, 16), (4, 2, 128, 16), (9, 3, 96, 48),
+    (8, 2, 128, 32), (8, 2, 96, 16), (7, 1, 64, 16), (8, 1, 256, 16), (16, 1, 128, 16),
+    (16, 2, 32, 48), (16, 1, 20, 8)])
+def test_cpu_attention_equals_reference(H, Hkv, D, bs, dtype, path):
+    """Lengths around block and item edges, permuted and shared tables, NaN in unused slots and in
+    the output; on one thread and on two."""
+    if path not in cpu_attn.PATHS:
+        pytest.skip("no AVX512-BF16")
+    rng = np.random.default_rng([H, D])
+    lens = [1, 2, bs - 1, bs, bs + 1, 255, 256, 257]
+    lens += [int(rng.integers(600, 1300)), int(rng.integers(1300, 5000))]
+    q, k, v, table, seq_lens = paged_case(rng, len(lens), H, Hkv, D, bs, lens, dtype)
+    table[5], seq_lens[5] = table[7], 200           # two sequences may share blocks
+    want_lse = np.empty(q.shape[:2])
+    want = cpu_attn.paged_decode_reference(
+        q, k, v, table, seq_lens, D ** -0.5, dtype, want_lse)
+    dot = path == "dot" and D % 32 == 0
+    for threads in THREADS:
+        out, again, lse = (np.full(shape, np.nan, np.float32)
+                           for shape in (q.shape, q.shape, q.shape[:2]))
+        cpu_attn.set_threads(threads)
+        cpu_attn.paged_decode(q, k, v, table, seq_lens, out, D ** -0.5, dtype, path)
+        assert relative(out, want) < (3e-3 if dot else 2e-6)
+        cpu_attn.paged_decode(q, k, v, table, seq_lens, again, D ** -0.5, dtype, path, lse)
+        assert np.array_equal(out, again)           # scratch kept between calls leaves no trace
+        assert np.abs(lse - want_lse).max() < (3e-2 if dot else 1e-5)
+
+
+@pytest.mark.parametrize("path", cpu_attn.PATHS)
+def test_cpu_attention_with_large_scores(path):
+    """Scores of plus and minus 1e4: weights of 0 and 1, nothing overflows."""
+    rng = np.random.default_rng(0)
+    q, k, v, table, lens = paged_case(rng, 3, 4, 2, 64, 16, [1, 300, 700], "bf16")
+    q = np.rint(q).astype(np.float32)       # exact in bf16, so that both paths see the same scores
+    q[q == 0] = 1
+    out, lse, want_lse = np.empty_like(q), np.empty((3, 4), np.float32), np.empty((3, 4))
+    cpu_attn.paged_decode(q, k, v, table, lens, out, 1e4 / 16, "bf16", path, lse)
+    want = cpu_attn.paged_decode_reference(q, k, v, table, lens, 1e4 / 16, lse=want_lse)
+    assert np.isfinite(out).all() and relative(out, want) < 3e-3
+    assert relative(lse, want_lse) < (5e-3 if path == "dot" else 1e-5)  # it rounds scale q to bf16
+
+
+def test_cpu_attention_refuses_what_does_not_fit():
+    q, k, v, table, lens = paged_case(np.random.default_rng(0), 2, 4, 2, 64, 16, [5, 9], "bf16")
+    good = dict(q=q, k_cache=k, v_cache=v, block_table=table, seq_lens=lens, out=np.empty_like(q),
+                scale=1.0)
+    three_heads = dict(q=q[:, :3].copy(), out=np.empty((2, 3, 64), np.float32))
+    for change, message in (
+            (dict(q=q.astype(np.float64)), "q: expected float32"),
+            (three_heads, "3 heads"),
+            (dict(v_cache=v[:-1]), "v_cache"),
+            (dict(block_table=table.astype(np.int64)), "block_table"),
+            (dict(out=q[:1]), "out"),
+            (dict(lse=np.empty((2, 3), np.float32)), "lse: expected float32"),
+            (dict(seq_lens=np.array([0, 9], np.int32)), "seq_lens.*0..9"),
+            (dict(dtype="int8"), "int8"),
+            (dict(seq_lens=np.array([5, 99], np.int32)), "seq_lens must lie in 1..32"),
+            (dict(path="gpu"), "path 'gpu'"),
+            (dict(q=np.asfortranarray(q)), "q: expected a C-contiguous")):
+        with pytest.raises(ValueError, match=message):
+            cpu_attn.paged_decode(**(good | change))
+    with pytest.raises(ValueError, match="CPU threads"):
+        cpu_attn.set_threads(10 ** 6)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_store_kv(dtype):
+    rng = np.random.default_rng(0)
+    _, k, v, _, _ = paged_case(rng, 2, 2, 2, 32, 16, [40, 40], dtype)
+    new_k, new_v = (rng.integers(0, 60000, (20, 2, 32)).astype(k.dtype) for _ in "kv")
+    slots = rng.permutation(k.shape[0] * 16)[:20].astype(np.int64)
+    want_k, want_v = k.copy(), v.copy()
+    want_k[slots // 16, :, slots % 16], want_v[slots // 16, :, slots % 16] = new_k, new_v
+    cpu_attn.store_kv(new_k, new_v, k, v, slots)
+    assert k.tobytes() == want_k.tobytes() and v.tobytes() == want_v.tobytes()
+
+
+# ---- the tiles of the dot path
+
+def plain_call(name, *args, result=None):
+    """llvm_code.call, but AVX-512's own instructions become several that any processor has."""
+    def number(x):
+        return x.emit("bitcast", llvm_code.F32x16)
+    if "dpbf16ps" in name:          # bf16 pairs: lower and upper halves of int32 lanes
+        acc, x, y = args
+        return (acc + number(x << 16) * number(y << 16)
+                + number(x & -65536) * number(y & -65536))
+    if "mask.reduce" in name:
+        return args[0] - llvm_code.call("llvm.floor.v16f32", args[0])
+    if "mask.scalef" in name:       # 2^n has the bits (n + 127) << 23; below 2^-126 it is 0 here
+        y, x = args[:2]
+        power = llvm_code.larger(llvm_code.call("llvm.floor.v16f32", x), x.constant(-127.0))
+        return y * number((power.emit("fptosi", llvm_code.I32x16) + 127) << 23)
+    return llvm_code.call(name, *args, result=result)
+
+
+@cache
+def compiled_tiles():
+    """Each tile as a function, and dot_item. Nothing here enters Numba's cache on disk."""
+    @njit
+    def narrow(dst, src, scale, count):
+        cpu_tiles.narrow(dst, src, scale, count)
+
+    @njit
+    def score(T, scores, k, row_bytes, q, tokens, ahead):
+        cpu_tiles.score(T, scores, k, row_bytes, q, tokens, ahead)
+
+    @njit
+    def softmax(T, scores, weights, tokens, maxima, sums):
+        cpu_tiles.softmax(T, scores, weights, tokens, maxima, sums)
+
+    @njit
+    def weigh(T, o, v, row_bytes, weights, tokens, ahead):
+        cpu_tiles.weigh(T, o, v, row_bytes, weights, tokens, ahead)
+
+    @njit
+    def finish(out, o, weight, count, add):
+        cpu_tiles.finish(out, o, weight, count, add)
+
+    dot_item = njit(cpu_tiles.dot_item.py_func)
+    functions = narrow, score, softmax, weigh, finish, dot_item
+    with pytest.MonkeyPatch.context() as patch:
+        if not cpu_tiles.HAS_DOT:
+            patch.setattr(cpu_tiles, "HAS_DOT", True)
+            patch.setattr(cpu_tiles, "call", plain_call)
+        i, f = "int64", "float32"
+        of = [(i, i, f, i), [i] * 7, [i] * 6, [i] * 7, (i, i, f, i, i)]
+        for function, types in zip(functions, of, strict=False):
+            function.compile(f"void({', '.join(types)})")
+        dot_item.compile("void(f4[:,::1], u2[:,:,:,::1], u2[:,:,:,::1], i4[::1], i8, f4, i8, "
+                         "u2[:,::1], f4[:,::1], u2[:,::1], f4[:,::1], f4[::1], f4[::1])")
+    for function in functions:
+        function.disable_compile()          # for other types it would be without the patches
+    return functions
+
+
+LANES = [32 * i + dim for i in range(3) for half in (0, 4) for k in range(half, 32, 8)
+         for dim in range(k, k + 4)]                            # lane order of 96 dims
+
+
+def bits(x):
+    """bf16 numbers in float32 -> uint16"""
+    return np.ascontiguousarray(x.view(np.uint32) >> 16, np.uint16)
+
+
+@pytest.mark.parametrize("T", cpu_tiles.TILE_HEADS)
+def test_tiles_equal_their_references(T):
+    """An odd number of tokens, D that fills no wide group, and NaN where nothing may be read."""
+    narrow, score, softmax, weigh, finish, _ = compiled_tiles()
+    rng, D, n, room = np.random.default_rng(T), 96, 37, 48
+    src = rng.standard_normal((T, D), dtype=np.float32)
+    q = np.zeros((T, D), np.uint16)
+    scale = np.float32(0.3)
+    narrow(q.ctypes.data, src.ctypes.data, scale, T * D)
+    q_want = cpu_tiles.narrow_reference(src, scale)
+    assert np.array_equal(q, bits(q_want))
+
+    k, v = (cpu_tiles.bf16(rng.standard_normal((room, D), dtype=np.float32)) for _ in "kv")
+    k_bits, v_bits = bits(k), bits(v)
+    scores = np.full((room + 16, T), np.nan, np.float32)[:room]      # softmax writes past the end
+    score(T, scores.ctypes.data, k_bits.ctypes.data, 2 * D, q.ctypes.data, room, k.ctypes.data)
+    assert relative(scores, cpu_tiles.score_reference(k, q_want)) < 1e-6
+
+    scores[n:] = np.nan
+    weights = np.full((room // 2, T, 2), 0xFFFF, np.uint16)
+    maxima, sums = np.zeros(T + 16, np.float32), np.zeros(T + 16, np.float32)
+    softmax(T, scores.ctypes.data, weights.ctypes.data, n, maxima.ctypes.data, sums.ctypes.data)
+    want, top, total = cpu_tiles.softmax_reference(scores[:n])
+    got = cpu_attn.to_float64(weights, "bf16").transpose(0, 2, 1).reshape(room, T)
+    assert np.abs(got[:n] / want - 1).max() < 2 ** -7 and not got[n:].any()     # one bf16 step
+    assert np.array_equal(maxima[:T], top)
+    assert np.allclose(sums[:T], got.sum(0), rtol=1e-6) and np.allclose(sums[:T], total, rtol=1e-3)
+
+    v_bits[n:] = 0x7FFF                                                        # NaN
+    o = rng.standard_normal((T, D), dtype=np.float32)
+    acc = np.ascontiguousarray(o[:, LANES])
+    weigh(T, acc.ctypes.data, v_bits.ctypes.data, 2 * D, weights.ctypes.data, n, v.ctypes.data)
+    o = cpu_tiles.weigh_reference(o, v[:n], got[:n].astype(np.float32))
+    assert relative(acc, o[:, LANES]) < 1e-6
+
+    out = np.full((T, D), np.nan, np.float32)
+    finish(out.ctypes.data, acc.ctypes.data, np.float32(0.25), T * D, 0)
+    want = cpu_tiles.finish_reference(out, o, 0.25, False)
+    assert relative(out, want) < 1e-6
+    finish(out.ctypes.data, acc.ctypes.data, np.float32(3), T * D, 1)
+    assert relative(out, cpu_tiles.finish_reference(want, o, 3.0, True)) < 1e-6
+
+
+@pytest.mark.parametrize("H, Hkv", [(2, 2), (6, 3), (9, 3), (14, 2), (20, 2)])
+@pytest.mark.parametrize("D, bs, n", [(64, 16, 33), (96, 48, 100), (128, 16, 16)])
+def test_a_work_item_of_tiles_equals_reference(H, Hkv, D, bs, n):
+    """Every T, groups that fill their tiles or do not, and blocks in any order."""
+    *_, finish, dot_item = compiled_tiles()
+    q, k, v, table, seq_lens = paged_case(np.random.default_rng(n), 1, H, Hkv, D, bs, [n], "bf16")
+    G = H // Hkv
+    T = next((heads for heads in cpu_tiles.TILE_HEADS if heads >= G), 8)
+    P = -(-G // T) * T
+    width = max(n, D) + 16
+    q_bf16, weights = np.empty((Hkv * P, D), np.uint16), np.empty((Hkv * P, width), np.uint16)
+    scores = np.full((Hkv * P + 1, width), np.nan, np.float32)
+    o, out = np.empty((Hkv * P, D), np.float32), np.empty((H, D), np.float32)
+    maxima, sums = (np.empty(Hkv * P + 16, np.float32) for _ in "ml")
+    dot_item(q[0], k, v, table[0], n, np.float32(D ** -0.5), T, q_bf16, scores, weights, o, maxima,
+             sums)
+    lse = np.empty(H)
+    want_lse = np.empty((1, H))
+    want = cpu_attn.paged_decode_reference(q, k, v, table, seq_lens, D ** -0.5, lse=want_lse)[0]
+    for h in range(H):
+        g = h // G * P + h % G
+        finish(out[h].ctypes.data, o[g].ctypes.data, 1 / sums[g], D, 0)
+        lse[h] = (maxima[g] + np.log2(sums[g])) * np.log(2)
+    assert relative(out, want) < 5e-3 and np.abs(lse - want_lse).max() < 3e-2
+
+
+def test_read_bandwidth(monkeypatch):
+    """Nothing is left out of the readings: the sums say so."""
+    data = np.random.default_rng(0).integers(0, 256, 512 * 37 + 100).astype(np.uint8)
+    part = 512 * 18
+    want = [data[i:i + part].view(np.uint32).sum() % 2 ** 32 for i in (0, part)]
+    assert cpu_bandwidth._read(data, 2).tolist() == want
+    monkeypatch.setattr(cpu_bandwidth, "DATA_BYTES", 1 << 20)
+    assert cpu_bandwidth.host_read_bandwidth(rounds=1) > 0
+
+
+# ---- the GPU tier
+
+def backend(name, dtype, device=torch.device("cpu")):
+    """A back end on the device it is tested on, or a skip."""
+    if name == "triton":
+        pytest.importorskip("triton")
+        device = GPU
+    return gpu_attn.choose(name, device, DTYPES[dtype]), device
+
+
+@pytest.mark.parametrize("name", sorted(gpu_attn.BACKENDS))
+@pytest.mark.parametrize("dtype, tolerance", [("fp32", 2e-6), ("bf16", 8e-3), ("fp16", 1e-3)])
+def test_gpu_attention_equals_reference(name, dtype, tolerance):
+    """store + prefill of a ragged batch, whole and after earlier positions, and paged decode,
+    against float64."""
+    rng, (attn, dev) = np.random.default_rng(5), backend(name, dtype)
+    H, Hkv, D, bs, lens = 6, 2, 48, 16, [1, 37, 16]
+    q, k, v, table, seq_lens = paged_case(rng, 3, H, Hkv, D, bs, lens, dtype)
+    k, v = without_nan(k, dtype), without_nan(v, dtype)
+    tk, tv = torch_cache(k, dtype, dev), torch_cache(v, dtype, dev)
+    tq = torch.from_numpy(q).to(dev, tk.dtype)
+    out, again = torch.full_like(tq, float("nan")), torch.full_like(tq, float("nan"))
+    lse = torch.full((3, H), float("nan"), device=dev)
+    tq = torch.cat((tq, tq), 1)[:, :H]              # a view, as q is one of the merged projection
+    ints = torch.from_numpy(table[:, :3].copy()).to(dev), torch.from_numpy(seq_lens).to(dev)
+    attn.decode(tq, tk, tv, *ints, out, D ** -0.5)
+    want_lse = np.empty((3, H))
+    want = cpu_attn.paged_decode_reference(
+        tq.float().cpu().contiguous().numpy(), k, v, table, seq_lens, D ** -0.5, dtype, want_lse)
+    assert relative(out, want) < tolerance
+    attn.decode(tq, tk, tv, *ints, again, D ** -0.5, lse)
+    dot = name == "numba" and cpu_attn.fastest_path(dtype, D, bs) == "dot"
+    assert torch.equal(out, again)
+    assert np.abs(lse.cpu().numpy() - want_lse).max() < (3e-2 if dot else 1e-5)
+
+    n = sum(lens)
+    qkv = rng.standard_normal((n, H + 2 * Hkv, D), dtype=np.float32)
+    rows = torch.from_numpy(qkv).to(dev, tk.dtype).split((H, Hkv, Hkv), 1)
+    out = torch.full_like(rows[0], float("nan"))
+    attn.prefill(*rows, lens, lens, out, D ** -0.5)
+    late = [1, 5, 16]       # the last rows of each prompt alone, as a later chunk of it has them
+    ends = np.cumsum(lens)
+    late_q = torch.cat([rows[0][end - m:end] for end, m in zip(ends, late, strict=True)])
+    late_out = torch.full_like(late_q, float("nan"))
+    attn.prefill(late_q, *rows[1:], late, lens, late_out, D ** -0.5)
+    whole = torch.cat([out[end - m:end] for end, m in zip(ends, late, strict=True)])
+    assert relative(late_out, whole.float().cpu().numpy()) < tolerance
+
+    slots = np.concatenate([table[b, np.arange(m) // bs] * bs + np.arange(m) % bs
+                            for b, m in enumerate(lens)])
+    attn.store(rows[1], rows[2], tk, tv, torch.from_numpy(slots).to(dev))
+    for array, stored in ((k, tk), (v, tv)):
+        array[:] = gpu_attn.as_numpy(stored.cpu())
+    start = 0
+    for b, m in enumerate(lens):        # causal prefill = a decode of every row over those up to it
+        every = np.arange(1, m + 1, dtype=np.int32)
+        want = cpu_attn.paged_decode_reference(
+            rows[0][start:start + m].float().cpu().numpy(), k, v, np.repeat(table[b:b + 1], m, 0),
+            every, D ** -0.5, dtype)
+        assert relative(out[start:start + m], want) < tolerance
+        start += m
+
+
+@pytest.mark.parametrize("name", sorted(gpu_attn.BACKENDS))
+@pytest.mark.parametrize("dtype, tolerance", [("fp32", 2e-6), ("bf16", 8e-3), ("fp16", 1e-3)])
+def test_two_halves_of_a_sequence_merge_by_their_log_sum_exps(name, dtype, tolerance):
+    """out = sum_i e^(lse_i - lse) out_i with lse = log sum_i e^lse_i."""
+    rng, (attn, dev) = np.random.default_rng(6), backend(name, dtype)
+    H, Hkv, D, bs, lens, cut = 6, 2, 64, 16, [50, 130, 33], 2
+    q, k, v, table, seq_lens = paged_case(rng, 3, H, Hkv, D, bs, lens, dtype)
+    tk, tv = (torch_cache(without_nan(x, dtype), dtype, dev) for x in (k, v))
+    tq = torch.from_numpy(q).to(dev, tk.dtype)
+
+    def decode(blocks, lens):
+        out, lse = torch.empty_like(tq), torch.empty(3, H, device=dev)
+        attn.decode(tq, tk, tv, torch.from_numpy(table[:, blocks].copy()).to(dev),
+                    torch.from_numpy(lens).to(dev), out, D ** -0.5, lse)
+        return out.float(), lse
+    first, first_lse = decode(slice(cut), np.full(3, cut * bs, np.int32))
+    second, second_lse = decode(slice(cut, None), seq_lens - cut * bs)
+    whole, whole_lse = decode(slice(None), seq_lens)
+    lse = torch.logaddexp(first_lse, second_lse)
+    merged = sum((part_lse - lse).exp()[:, :, None] * part
+                 for part, part_lse in ((first, first_lse), (second, second_lse)))
+    dot = name == "numba" and cpu_attn.fastest_path(dtype, D, bs) == "dot"
+    assert (lse - whole_lse).abs().max() < (3e-3 if dot else 1e-5)
+    assert relative(merged, whole.cpu().numpy()) < tolerance
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("fp32", 2e-6), ("bf16", 5e-3), ("fp16", 1e-3)])
+@pytest.mark.parametrize("H, Hkv, D, bs", [
+    (4, 4, 64, 16), (8, 2, 128, 16), (8, 1, 80, 24), (20, 1, 20, 8), (2, 2, 256, 16),
+    (5, 1, 256, 32)])
+def test_triton_decode_splits_and_merges(H, Hkv, D, bs, dtype, tolerance):
+    """Lengths around chunk and block edges, in one chunk and in many, NaN in unused slots; padding
+    stays untouched, in the log-sum-exps too."""
+    kernels = pytest.importorskip("kernels.triton_kernels")
+    rng = np.random.default_rng([H, D])
+    lens = [1, bs, 127, 128, 129, 300]
+    q, k, v, table, seq_lens = paged_case(rng, len(lens) + 1, H, Hkv, D, bs, [*lens, 1], dtype)
+    seq_lens[-1] = 0
+    tk, tv = torch_cache(k, dtype, GPU), torch_cache(v, dtype, GPU)
+    tq = torch.from_numpy(q).to(GPU, tk.dtype)
+    ints = torch.from_numpy(table).to(GPU), torch.from_numpy(seq_lens).to(GPU)
+    want_lse = np.empty((len(lens), H))
+    want = cpu_attn.paged_decode_reference(
+        tq[:-1].float().cpu().numpy(), k, v, table[:-1], seq_lens[:-1], D ** -0.5, dtype, want_lse)
+    for chunk in (64, 1024):
+        out = torch.full_like(tq, float("nan"))
+        lse = None if dtype == "fp16" else torch.full(q.shape[:2], float("nan"), device=GPU)
+        kernels.paged_decode(tq, tk, tv, *ints, out, D ** -0.5, chunk, lse)
+        assert relative(out[:-1], want) < tolerance and out[-1].isnan().all()
+        if lse is not None:
+            assert np.abs(lse[:-1].cpu().numpy() - want_lse).max() < 1e-5
+            assert lse[-1].isnan().all()
+
+
+def test_triton_store_rope_and_swiglu_equal_torch():
+    """Bits of a store, its rows of padding dropped; RoPE in place and SwiGLU, on widths that fill
+    no block."""
+    kernels = pytest.importorskip("kernels.triton_kernels")
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=g).bfloat16().to(GPU)
+    qkv, k_cache, v_cache = draw(7, 5 + 6, 20), draw(4, 3, 8, 20), draw(4, 3, 8, 20)
+    slots = torch.tensor([3, 31, -1, 8, 0, -1, 17], dtype=torch.int32, device=GPU)
+    k, v = qkv[:, 5:8], qkv[:, 8:]
+    want_k, want_v, live = k_cache.clone(), v_cache.clone(), slots >= 0
+    gpu_attn.TorchAttention.store(None, k[live], v[live], want_k, want_v, slots[live])
+    kernels.store(k, v, k_cache, v_cache, slots)
+    assert torch.equal(k_cache, want_k) and torch.equal(v_cache, want_v)
+
+    cos, sin = (t.to(GPU) for t in rope_table(PRESETS["tiny"], 30))
+    x = draw(6, 11, 16).float()             # the interpreter cuts float32 to bf16; a GPU rounds
+    y, positions = x.clone(), torch.tensor([0, 29, 5, 5, 1, 17], dtype=torch.int32, device=GPU)
+    TorchOps.rotate_(x, cos, sin, positions, 9)
+    kernels.rotate_(y, cos, sin, positions, 9)
+    assert torch.equal(x[:, 9:], y[:, 9:]) and relative(y, x.cpu().numpy()) < 1e-6
+    x = draw(5, 2 * 1100).float()
+    assert relative(kernels.swiglu(x), TorchOps.swiglu(x.clone()).cpu().numpy()) < 1e-6
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_triton_decode_compiles_for_gpus_that_are_not_here(capability, compilation):
+    """To machine code: within the registers (nothing spilled) and the shared memory of a T4, an
+    A10G and an H100; with matrix instructions where a group has several heads, and reads of 16
+    bytes."""
+    pytest.importorskip("triton")
+    process, path = compilation
+    process.wait(timeout=300)
+    printed = path.read_text()
+    assert f"compiled for {capability}" in printed.splitlines(), printed[-2000:]
+
+
+def test_flash_attention_of_torch_2_11_and_later():
+    """Causality, scale and grouped heads are asked for as a version's varlen_attn knows them."""
+    kernels = pytest.importorskip("kernels.triton_kernels")
+    q, k, out = torch.randn(3, 4, 8), torch.randn(3, 2, 8), torch.empty(3, 4, 8)
+
+    def torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None,
+                   scale=None, window_size=(-1, -1)):
+        assert key.shape == value.shape == query.shape and torch.equal(key[:, 0], key[:, 1])
+        assert window_size == (-1, 0) and scale == 0.5 and return_aux is None
+        assert cu_seq_q.tolist() == [0, 2, 3] and cu_seq_k.tolist() == [0, 2, 3]
+        assert (max_q, max_k) == (2, 2)
+        return query + 1
+
+    def torch_2_12(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None,
+                   scale=None, window_size=(-1, -1), enable_gqa=False, seqused_k=None):
+        assert window_size == (-1, 0) and enable_gqa and scale == 0.5 and key.shape[1] == 2
+        return query + 2
+    attn, _ = backend("triton", "fp32")
+    assert attn.ops is kernels and attn.padded
+    for i, fake in enumerate((torch_2_11, torch_2_12), 1):
+        attn.use_flash(fake)
+        assert attn.describe() == "Triton decode, FlashAttention prefill"
+        attn.prefill(q, k, k, [2, 1], [2, 1], out, 0.5)
+        assert torch.equal(out, q + i)
+
+    source = importlib.util.find_spec("torch.nn.attention.varlen").origin   # seconds to import
+    here = next(f for f in ast.parse(Path(source).read_text()).body
+                if isinstance(f, ast.FunctionDef) and f.name == "varlen_attn")
+    assert [a.arg for a in here.args.args[5:]] == ["max_q", "max_k"]
+    assert {"scale", "window_size"} <= {a.arg for a in here.args.kwonlyargs}
+
+
+def test_flash_attention_is_refused_with_a_reason(monkeypatch):
+    capability = itertools.cycle([(7, 5), (9, 0), (9, 0)])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: next(capability))
+    cuda = torch.device("cuda")
+    assert gpu_attn.why_no_flash(torch.device("cpu"), torch.bfloat16) == "no CUDA"
+    assert "compute capability 8.0" in gpu_attn.why_no_flash(cuda, torch.bfloat16)
+    assert "float32" in gpu_attn.why_no_flash(cuda, torch.float32)
+    assert gpu_attn.why_no_flash(cuda, torch.bfloat16) == ""
+
+
+def test_back_ends_are_chosen_by_name_or_refused():
+    cpu = torch.device("cpu")
+    auto = gpu_attn.choose("auto", cpu, torch.float32)
+    assert auto.describe() == "Numba decode, torch prefill"
+    with pytest.raises(ValueError, match="gpu_attn 'flash': must be auto, torch, numba, triton"):
+        gpu_attn.choose("flash", cpu, torch.float32)
+    with pytest.raises(ValueError, match="on CUDA take triton"):
+        gpu_attn.choose("numba", torch.device("cuda"), torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        if importlib.util.find_spec("triton"):
+            with pytest.raises(ValueError, match="needs a CUDA GPU"):
+                gpu_attn.choose("triton", cpu, torch.float32)
+
+
+def test_a_back_end_has_all_members():
+    """What model.py may use of any back end is what Backend lists."""
+    members = {name for name in vars(gpu_attn.Backend) if not name.startswith("_")}
+    assert members == {"padded", "ops", "describe", "store", "prefill", "decode"}
+    for back_end in gpu_attn.BACKENDS.values():
+        assert issubclass(back_end, gpu_attn.Backend)
+        assert all(getattr(back_end, name) is not getattr(gpu_attn.Backend, name)
+                   for name in members - {"padded", "ops"})
