@@ -1,14 +1,16 @@
-"""The KV cache in two tiers: block pools, block tables, the K and V tensors, and swaps between them.
+"""The KV cache in two tiers: block pools, block tables, the K and V tensors, swaps between them.
 
-A sequence's KV lies wholly in one tier at a time, in blocks of `block_size` tokens named by its block table:
+A sequence's KV lies wholly in one tier at a time, in blocks of bs tokens that its block table
+names:
 
-    table[row of request] = [ 7, 2, 9, 0, ... ]      token t of the sequence: block table[t // bs], slot t % bs
-    gpu.k, gpu.v   [L, num_gpu_blocks, Hkv, bs, D]   on the device
-    cpu.k, cpu.v   [L, num_cpu_blocks, Hkv, bs, D]   ordinary host memory, touched only when first used
+    table[row of request] = [ 7, 2, 9, 0, ... ]    token t: slot t % bs of block table[t // bs]
+    tiers["gpu"].k, .v   [L, num_blocks, Hkv, bs, D]    on the device
+    tiers["cpu"].k, .v   [L, num_blocks, Hkv, bs, D]    ordinary host memory
 
-`bind` turns a sub-batch of requests into `Inputs`: the integers the model needs, as tensors. Of a request only `id`,
-`num_kv`, `tier`, `rows` and its tokens are read. Running short of blocks here is a scheduler bug, hence asserts.
-Knows nothing of text, policy or model maths. Glossary of symbols: model.py.
+`bind` turns a scheduler's Batch into a `SubBatch`: the integers that the model needs, as tensors.
+The scheduler counts blocks in order to plan; this file owns them, and asserts that the counts were
+right: running short here is a scheduler bug. Knows no text, policy or model maths; of a request it
+reads id, tier, num_cached, num_scheduled and tokens. Glossary of symbols: model.py.
 """
 import mmap
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -17,41 +19,38 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from gpu_attn import as_numpy
+
 HUGE_PAGE = 2 << 20
-FORMATS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}   # a dtype's name, to users and to Numba
-STAGE_BYTES = 64 << 20  # pinned staging buffer for swaps on CUDA: large enough for full PCIe speed, quick to pin
+STAGE_BYTES = 64 << 20  # pinned staging buffer for swaps on CUDA: large enough for full PCIe speed
 
 
-@dataclass
-class Inputs:
-    """One sub-batch as tensors. Rows are [prefill (CPU-bound prompts first) | GPU decode | CPU decode], each kind of decode
-    rows followed by rows of padding, if any (token 0, slot -1, length 0).
+@dataclass(frozen=True)
+class SubBatch:
+    """One sub-batch as tensors. `KVCache.bind` makes it, and nobody changes it.
 
-    Set by KVCache.bind; the working tensors at the end by the model.
+    Rows are [prefill (CPU-bound prompts first) | GPU decodes | CPU decodes]. Each kind of decodes
+    may be followed by rows of padding (token 0, slot -1, length 0).
     """
-    index: int                  # 0 or 1: which of the two sub-batches
+    index: int                  # which sub-batch of the iteration
     tokens: torch.Tensor        # [N] int32, device
     positions: torch.Tensor     # [N] int32, device
-    last: torch.Tensor          # [S] int32, device: the rows that get sampled, one per request, in row order
+    sampled_rows: torch.Tensor  # [S] int32, device: rows that get a token, in row order
     prefill_lens: list          # rows of each prompt, whole or a chunk
-    prefill_past: list          # (tokens in the cache before those rows, their blocks: int32 tensor where they lie) of each
-    num_stored: int             # the first rows, prompts bound for the CPU tier
+    prefill_past: list          # of each prompt: (tokens cached before, their blocks [n] int32)
+    num_stored: int             # the first rows: prompts bound for the CPU tier
     num_prefill: int            # all prompt rows
-    num_gpu: int                # GPU decode rows, padding included
-    num_cpu: int                # CPU decode rows, padding not included
-    gpu_slots: torch.Tensor     # [prefill rows of the GPU tier + num_gpu] int32, device: block * bs + offset
-    gpu_table: torch.Tensor     # [num_gpu, blocks] int32, device
-    gpu_lens: torch.Tensor      # [num_gpu] int32, device, new token included
-    cpu_slots: np.ndarray       # [num_stored + num_cpu] int64
+    num_gpu_rows: int           # GPU decodes and their padding
+    num_cpu: int                # CPU decodes, without padding
+    gpu_slots: torch.Tensor     # [prefill rows of the GPU tier + num_gpu_rows] int32, device
+    gpu_table: torch.Tensor     # [num_gpu_rows, blocks] int32, device
+    gpu_lens: torch.Tensor      # [num_gpu_rows] int32, device, new token included
+    cpu_slots: np.ndarray       # [num_stored + num_cpu] int64: block * bs + offset
     cpu_table: np.ndarray       # [num_cpu, blocks] int32
     cpu_lens: np.ndarray        # [num_cpu] int32, new token included
-    x: torch.Tensor = None      # [N, E] hidden state
-    qkv: torch.Tensor = None    # [N, H + 2 Hkv, D] queries, keys and values of the layer at hand
-    o: torch.Tensor = None      # [N, H, D] attention output
-    logits: torch.Tensor = None  # [S, V] float32, after the last layer
 
     @property
-    def host_rows(self):
+    def num_host_rows(self):
         """Rows whose k and v go to host memory."""
         return self.num_stored + self.num_cpu
 
@@ -64,22 +63,25 @@ class Sequence:
 
 
 class Tier:
-    """One pool of blocks and its K and V: [L, num_blocks, Hkv, bs, D]."""
+    """One pool of blocks and its K and V, [L, num_blocks, Hkv, bs, D] of `dtype`."""
 
     def __init__(self, num_blocks, shape, dtype, device):
-        self.num_blocks = num_blocks
-        self.free = list(range(num_blocks - 1, -1, -1))  # a stack: a block just freed is warm, and taken first
         L, *block = shape
+        self.num_blocks = num_blocks
+        # a stack: a block that was just freed is still in the caches, so it is taken first
+        self.free_blocks = list(range(num_blocks - 1, -1, -1))
         self.k, self.v = (zeros((L, num_blocks, *block), dtype, device) for _ in "kv")
 
     def take(self, n):
-        assert n <= len(self.free), f"scheduler bug: {n} blocks wanted, {len(self.free)} of {self.num_blocks} free"
-        return [self.free.pop() for _ in range(n)]
+        num_free = len(self.free_blocks)
+        assert n <= num_free, \
+            f"scheduler bug: {n} blocks wanted, {num_free} of {self.num_blocks} free"
+        return [self.free_blocks.pop() for _ in range(n)]
 
 
 def zeros(shape, dtype, device):
-    """Zeros; large ones on the host lie on huge pages where the system grants them (a first touch of 4 KB pages costs
-    more than filling them), and take no memory until then."""
+    """Zeros on a device. Large ones on the host lie on huge pages where the system grants them (a
+    first touch of 4 KB pages costs more than filling them) and take no memory until touched."""
     nbytes = int(np.prod(shape)) * dtype.itemsize
     if device.type != "cpu" or nbytes < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -88,204 +90,56 @@ def zeros(shape, dtype, device):
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
-def to_numpy(t):
-    """A CPU tensor as NumPy, no copy; bf16 and fp16 as their uint16 bits (NumPy knows no bf16)."""
-    return (t.view(torch.uint16) if t.element_size() == 2 else t).numpy()
-
-
 class KVCache:
     """Blocks, tables and tensors of both tiers.
 
-    geometry  (n_layer, n_kv_head, head_dim)
-    empty     keep the books only: K and V are "meta" tensors without memory, for a simulation
+    geometry    (L, Hkv, D) of the KV that this process holds
+    num_blocks  {tier: blocks}
+    dtypes      {tier: torch dtype of its K and V}; swaps and copies convert between them
+    max_len     longest sequence, in tokens
+    empty       keep the books only, for a simulation: K and V are "meta" tensors without memory
     """
 
-    def __init__(self, geometry, block_size, num_gpu_blocks, num_cpu_blocks, max_len, dtype, device, empty=False):
+    def __init__(self, geometry, block_size, num_blocks, max_len, dtypes, device, empty=False):
         L, Hkv, D = geometry
-        shape = (L, Hkv, block_size, D)
         self.block_size, self.device = block_size, device
-        gpu, cpu = ("meta", "meta") if empty else (device, "cpu")
-        self.gpu = Tier(num_gpu_blocks, shape, dtype, torch.device(gpu))
-        self.cpu = Tier(num_cpu_blocks, shape, dtype, torch.device(cpu))
-        if not empty:
-            self.cpu_k, self.cpu_v = to_numpy(self.cpu.k), to_numpy(self.cpu.v)  # the views Numba reads
-        self.swapped_blocks = 0                                              # so far
-        self.sequences = {}                                                  # request id -> Sequence
-        self.table = np.zeros((16, -(-max_len // block_size)), np.int32)     # a row per resident request
+        where = {"gpu": device, "cpu": torch.device("cpu")}
+        if empty:
+            where = dict.fromkeys(where, torch.device("meta"))
+        self.tiers = {tier: Tier(num_blocks[tier], (L, Hkv, block_size, D), dtypes[tier], place)
+                      for tier, place in where.items()}
+        if not empty:               # the views that Numba reads
+            cpu = self.tiers["cpu"]
+            self.cpu_k, self.cpu_v = as_numpy(cpu.k), as_numpy(cpu.v)
+        self.swapped_blocks = 0                                             # since the start
+        self.sequences = {}                                                 # request id -> Sequence
+        self.table = np.zeros((16, -(-max_len // block_size)), np.int32)    # a row per sequence
         self.free_rows = list(range(15, -1, -1))
         self.mover = ThreadPoolExecutor(1, "mover", torch.set_num_threads, (1,))
-        self.moves = []                                                      # (layer, its copy) of the swaps at hand
-        self.stream = self.stage = None                                      # of the copies, on CUDA
+        self.moves = []                                 # (layer, its copy) of the present swaps
+        self.stream = self.stage = None                 # of the copies, on CUDA
+
+    # ---- blocks
 
     def reserve(self, request_id, tier, num_tokens):
         """Make the request's blocks, in `tier`, hold num_tokens."""
         seq = self.sequences.get(request_id)
         if seq is None:
             seq = self.sequences[request_id] = Sequence(self._new_row(), tier)
-        assert seq.tier == tier, f"request {request_id} lies in the {seq.tier} tier, asked for in {tier}"
+        assert seq.tier == tier, f"request {request_id} lies in the {seq.tier} tier, not in {tier}"
         have = len(seq.blocks)
         need = -(-num_tokens // self.block_size) - have
         if need > 0:
-            seq.blocks += getattr(self, tier).take(need)
+            seq.blocks += self.tiers[tier].take(need)
             self.table[seq.row, have:have + need] = seq.blocks[have:]
 
     def release(self, request_id):
         """Free a request's blocks, if it has any."""
         seq = self.sequences.pop(request_id, None)
         if seq:
-            getattr(self, seq.tier).free += seq.blocks[::-1]
-            self.table[seq.row] = 0             # a padded table must name blocks that exist in either tier
+            self.tiers[seq.tier].free_blocks += seq.blocks[::-1]
+            self.table[seq.row] = 0         # a padded table must name blocks that exist
             self.free_rows.append(seq.row)
-
-    def swap(self, request_ids, tier):
-        """Move requests to `tier`. The books change now, the copies follow layer by layer on a thread of their own, hidden
-        behind the layers before: see `ready`."""
-        src_ids, dst_ids = [], []
-        src, dst = (self.cpu, self.gpu) if tier == "gpu" else (self.gpu, self.cpu)
-        for request_id in request_ids:
-            seq = self.sequences[request_id]
-            assert seq.tier != tier, f"request {request_id} is in the {tier} tier already"
-            new = dst.take(len(seq.blocks))
-            src_ids += seq.blocks
-            dst_ids += new
-            src.free += seq.blocks[::-1]
-            seq.blocks, seq.tier = new, tier
-            self.table[seq.row, :len(new)] = new
-        self.swapped_blocks += len(src_ids)
-        if src.k.is_meta:
-            return
-        if self.device.type == "cuda" and self.stream is None:
-            self.stream = torch.cuda.Stream()
-            self.stage = torch.empty(max(STAGE_BYTES, src.k[0, 0].nbytes), dtype=torch.uint8, pin_memory=True)
-        if self.stream:
-            self.stream.wait_stream(torch.cuda.current_stream())
-        ids = torch.tensor(src_ids), torch.tensor(dst_ids)
-        for i in range(len(src.k)):
-            self.moves.append((i, self.mover.submit(self._move, (src.k[i], src.v[i]), (dst.k[i], dst.v[i]), *ids)))
-
-    def ready(self, layer):
-        """Wait until the blocks of a layer that are being swapped have arrived: call it before touching the layer's KV, as
-        others may own the blocks they left. Raises what went wrong with them."""
-        for i, move in self.moves:
-            if i <= layer:
-                move.result()
-
-    def settle(self):
-        """Wait until nothing is being swapped, whatever came of it."""
-        wait([move for _, move in self.moves])
-        self.moves.clear()
-
-    def _move(self, src, dst, src_ids, dst_ids):
-        """Copy blocks of one layer's K and V, on the mover's thread; done when it returns. On CUDA through the pinned staging
-        buffer, beside whatever the GPU computes."""
-        if not self.stream:
-            for a, b in zip(src, dst):
-                b[dst_ids] = a[src_ids]
-            return
-        with torch.cuda.stream(self.stream):
-            step = self.stage.nbytes // src[0][0].nbytes                     # blocks per trip through the buffer
-            for i in range(0, len(src_ids), step):
-                s, d = src_ids[i:i + step].to(src[0].device), dst_ids[i:i + step].to(dst[0].device)
-                stage = self.stage[:len(s) * src[0][0].nbytes].view(src[0].dtype).view(len(s), *src[0].shape[1:])
-                for a, b in zip(src, dst):
-                    if a.is_cuda:
-                        stage.copy_(a.index_select(0, s), non_blocking=True)
-                        self.stream.synchronize()
-                        b.index_copy_(0, d, stage)
-                    else:
-                        torch.index_select(a, 0, s, out=stage)
-                        b.index_copy_(0, d, stage.to(b.device, non_blocking=True))
-                        self.stream.synchronize()
-
-    def bind(self, batch, index=0, bucket=lambda num_gpu, num_cpu: (num_gpu, num_cpu)):
-        """Reserve the slots of a scheduler.Batch and return its Inputs. Of every request `num_kv` tokens are in the cache; the
-        next `rows` of a prompt, the last one of a decode, are this iteration's rows.
-
-        bucket  numbers of GPU and of CPU decode rows -> numbers they are padded to; asked where there are no prompts
-        """
-        bs, n_prompts, n_gpu, n_cpu = self.block_size, len(batch.prefill), len(batch.gpu), len(batch.cpu)
-        requests = batch.prefill + batch.gpu + batch.cpu
-        prefill_lens = [r.rows for r in batch.prefill]
-        tokens = [t for r in batch.prefill for t in r.tokens(r.num_kv, r.num_kv + r.rows)]
-        tokens += [r.last_token for r in batch.gpu + batch.cpu]
-        for r in requests:
-            self.reserve(r.id, r.tier, r.num_tokens)
-        seq_rows = np.array([self.sequences[r.id].row for r in requests], np.int64)
-        starts = np.array([r.num_kv for r in requests], np.int64)
-        counts = np.array(prefill_lens + [1] * (n_gpu + n_cpu), np.int64)
-        ends = counts.cumsum()                                               # rows of request j: ends[j] - counts[j] ..
-        owner = np.repeat(np.arange(len(requests)), counts)                  # which request a row belongs to
-        positions = np.arange(len(owner)) - (ends - counts)[owner] + starts[owner]
-        slots = self.table[seq_rows[owner], positions // bs].astype(np.int64) * bs + positions % bs
-        lens = (starts + counts).astype(np.int32)
-
-        n_stored = sum(r.tier == "cpu" for r in batch.prefill)
-        assert all(r.tier == "cpu" for r in batch.prefill[:n_stored]), "prompts bound for the CPU tier come first"
-        stored, prompts, cpu_at = sum(prefill_lens[:n_stored]), sum(prefill_lens), len(tokens) - n_cpu
-        gpu_to, cpu_to = (n_gpu, n_cpu) if prompts else bucket(n_gpu, n_cpu)
-
-        def table(first, n):
-            width = -(-int(lens[first:first + n].max(initial=0)) // bs)
-            return self.table[seq_rows[first:first + n], :width]
-
-        def padded(x, fill=0):                                               # rows -> rows with padding
-            out = np.full(prompts + gpu_to + cpu_to, fill)
-            out[:cpu_at] = x[:cpu_at]
-            out[prompts + gpu_to:prompts + gpu_to + n_cpu] = x[cpu_at:]
-            return out
-        gpu_table = np.zeros((gpu_to, (used := table(n_prompts, n_gpu)).shape[1]), np.int32)
-        gpu_table[:n_gpu] = used
-        gpu_lens = np.zeros(gpu_to, np.int32)
-        gpu_lens[:n_gpu] = lens[n_prompts:n_prompts + n_gpu]
-        last = ends - 1
-        last[n_prompts + n_gpu:] += gpu_to - n_gpu
-        last = last[[r.ends_prefill for r in batch.prefill] + [True] * (n_gpu + n_cpu)]
-        past = [(r.num_kv, self._past_blocks(r)) for r in batch.prefill]
-        tokens, positions, last, gpu_slots, gpu_table, gpu_lens = self._to_device(
-            padded(np.array(tokens)), padded(positions), last, padded(slots, -1)[stored:prompts + gpu_to], gpu_table, gpu_lens)
-        return Inputs(index, tokens, positions, last, prefill_lens, past, stored, prompts, gpu_to, n_cpu, gpu_slots, gpu_table,
-                      gpu_lens, np.concatenate([slots[:stored], slots[cpu_at:]]), table(n_prompts + n_gpu, n_cpu),
-                      lens[n_prompts + n_gpu:])
-
-    def _to_device(self, *arrays):
-        """Integer arrays -> int32 tensors on the device, by one copy that nobody waits for. Each starts at a multiple of 16
-        bytes: Triton compiles kernels anew for pointers that do not."""
-        ends = np.cumsum([-(-a.size // 4) * 4 for a in arrays]).tolist()
-        packed = torch.empty(ends[-1], dtype=torch.int32, pin_memory=self.device.type == "cuda")
-        starts = [0, *ends[:-1]]
-        for start, a in zip(starts, arrays):
-            packed.numpy()[start:start + a.size] = a.ravel()
-        there = packed.to(self.device, non_blocking=True)
-        return [there[start:start + a.size].view(a.shape) for start, a in zip(starts, arrays)]
-
-    def _past_blocks(self, r):
-        """Where the earlier chunks of a prompt lie, int32, on the side of its tier."""
-        blocks = np.array(self.sequences[r.id].blocks[:-(-r.num_kv // self.block_size)], np.int32)
-        return self._to_device(blocks)[0] if r.tier == "gpu" and r.num_kv else torch.from_numpy(blocks)
-
-    def with_past(self, layer, b, k, v):
-        """Prompts whose first chunks are in the cache: k, v [prompt rows, Hkv, D] of this chunk -> lengths, and k and v, with
-        what is cached before each. What lies in the CPU tier is brought to the device for it."""
-        if not any(n for n, _ in b.prefill_past):
-            return b.prefill_lens, k, v
-        parts, at = ([], []), 0
-        for rows, (past, blocks) in zip(b.prefill_lens, b.prefill_past):
-            tier = self.cpu if at < b.num_stored else self.gpu
-            for part, new, cache in zip(parts, (k, v), (tier.k[layer], tier.v[layer])):
-                if past:
-                    part.append(self._gather(cache, blocks)[:past])
-                part.append(new[at:at + rows])
-            at += rows
-        return [rows + past for rows, (past, _) in zip(b.prefill_lens, b.prefill_past)], *(torch.cat(p) for p in parts)
-
-    def _gather(self, cache, blocks):
-        """Blocks of a cache [num_blocks, Hkv, bs, D] -> [tokens, Hkv, D] on the device."""
-        if cache.device.type == self.device.type:                            # "cuda" is not equal to "cuda:0"
-            found = cache[blocks]
-        else:
-            stage = torch.empty(len(blocks), *cache.shape[1:], dtype=cache.dtype, pin_memory=True)
-            found = torch.index_select(cache, 0, blocks, out=stage).to(self.device, non_blocking=True)
-        return found.transpose(1, 2).flatten(0, 1)
 
     def _new_row(self):
         if not self.free_rows:
@@ -295,12 +149,216 @@ class KVCache:
         return self.free_rows.pop()
 
     def check(self):
-        """Assert that every block of both tiers is either free or owned by exactly one sequence."""
-        for name in ("gpu", "cpu"):
-            tier = getattr(self, name)
+        """Assert that every block of both tiers is either free or owned by one sequence."""
+        for name, tier in self.tiers.items():
             owned = [b for s in self.sequences.values() if s.tier == name for b in s.blocks]
-            assert sorted(owned + tier.free) == list(range(tier.num_blocks)), f"{name} tier: a block leaked or is shared"
-        rows = [s.row for s in self.sequences.values()]
-        assert sorted(rows + self.free_rows) == list(range(len(self.table))), "a row of the block table leaked"
+            every_block = list(range(tier.num_blocks))
+            assert sorted(owned + tier.free_blocks) == every_block, \
+                f"{name} tier: a block leaked or is shared"
+        used_rows = [s.row for s in self.sequences.values()]
+        every_row = list(range(len(self.table)))
+        assert sorted(used_rows + self.free_rows) == every_row, "a row of the block table leaked"
         for s in self.sequences.values():
-            assert self.table[s.row, :len(s.blocks)].tolist() == s.blocks, "block table and blocks differ"
+            named = self.table[s.row, :len(s.blocks)].tolist()
+            assert named == s.blocks, "block table and blocks differ"
+
+    # ---- swaps
+
+    def swap(self, request_ids, tier):
+        """Move requests to `tier`. The books change now. The copies follow layer by layer on their
+        own thread, hidden behind the work on earlier layers: see `wait_swaps`."""
+        src_ids, dst_ids = [], []
+        src, dst = self.tiers["cpu" if tier == "gpu" else "gpu"], self.tiers[tier]
+        for request_id in request_ids:
+            seq = self.sequences[request_id]
+            assert seq.tier != tier, f"request {request_id} is in the {tier} tier already"
+            new = dst.take(len(seq.blocks))
+            src_ids += seq.blocks
+            dst_ids += new
+            src.free_blocks += seq.blocks[::-1]
+            seq.blocks, seq.tier = new, tier
+            self.table[seq.row, :len(new)] = new
+        self.swapped_blocks += len(src_ids)
+        if src.k.is_meta:
+            return
+        if self.device.type == "cuda" and self.stream is None:
+            self.stream = torch.cuda.Stream()
+            nbytes = max(STAGE_BYTES, *(t.k[0, 0].nbytes for t in self.tiers.values()))
+            self.stage = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream())
+        ids = torch.tensor(src_ids), torch.tensor(dst_ids)
+        for i in range(len(src.k)):
+            pair = (src.k[i], dst.k[i]), (src.v[i], dst.v[i])
+            self.moves.append((i, self.mover.submit(self._move, pair, *ids)))
+
+    def wait_swaps(self, layer):
+        """Wait until a layer's swapped blocks have arrived; raise what went wrong with them.
+
+        A swapped request's old blocks may already belong to another request: wait before anyone
+        writes to them.
+        """
+        for i, move in self.moves:
+            if i <= layer:
+                move.result()
+
+    def settle(self):
+        """Wait until no block is being copied, whether the copies succeeded or not."""
+        wait([move for _, move in self.moves])
+        self.moves.clear()
+
+    def _move(self, pairs, src_ids, dst_ids):
+        """Copy blocks of one layer's K and V, on the mover's thread; done when it returns. On CUDA
+        they go through the pinned staging buffer, while the GPU computes."""
+        if not self.stream:
+            for src, dst in pairs:
+                dst[dst_ids] = src[src_ids].to(dst.dtype)
+            return
+        with torch.cuda.stream(self.stream):
+            for src, dst in pairs:
+                host = dst if src.is_cuda else src
+                num_staged = self.stage.nbytes // host[0].nbytes        # blocks per trip
+                for i in range(0, len(src_ids), num_staged):
+                    from_ids = src_ids[i:i + num_staged].to(src.device)
+                    to_ids = dst_ids[i:i + num_staged].to(dst.device)
+                    self._move_staged(src, dst, from_ids, to_ids)
+
+    def _move_staged(self, src, dst, from_ids, to_ids):
+        host = dst if src.is_cuda else src
+        shape = (len(from_ids), *host.shape[1:])
+        stage = self.stage[:len(from_ids) * host[0].nbytes].view(host.dtype).view(shape)
+        if src.is_cuda:
+            stage.copy_(src.index_select(0, from_ids), non_blocking=True)
+            self.stream.synchronize()           # before the host reads the buffer
+            dst.index_copy_(0, to_ids, stage)
+        else:
+            torch.index_select(src, 0, from_ids, out=stage)
+            dst.index_copy_(0, to_ids, stage.to(dst.device, dst.dtype, non_blocking=True))
+            self.stream.synchronize()           # before the host overwrites the buffer
+
+    # ---- a sub-batch for the model
+
+    def bind(self, batch, index=0, pad=lambda num_gpu, num_cpu: (num_gpu, num_cpu)):
+        """Reserve the slots of a Batch's rows and return it as a SubBatch.
+
+        pad  (GPU decodes, CPU decodes) -> numbers of rows to pad them to. Padding is only for
+             sub-batches without prompts.
+
+        A prompt with 3 scheduled tokens, one GPU decode with 5 tokens and one CPU decode with 9
+        give N = 5 rows: positions [0 1 2 | 4 | 8], sampled_rows [2, 3, 4].
+        """
+        # 1) rows: tokens, positions and slots, request by request
+        requests = batch.requests
+        for r in requests:
+            self.reserve(r.id, r.tier, r.num_tokens)
+        num_prompts = len(batch.prefill)
+        num_gpu, num_cpu = len(batch.gpu_decodes), len(batch.cpu_decodes)
+        prefill_lens = [r.num_scheduled for r in batch.prefill]
+        tokens = [t for r, n in zip(batch.prefill, prefill_lens, strict=True)
+                  for t in r.tokens(r.num_cached, r.num_cached + n)]
+        tokens += [r.output[-1] for r in requests[num_prompts:]]
+        starts = np.array([r.num_cached for r in requests], np.int64)
+        counts = np.array(prefill_lens + [1] * (num_gpu + num_cpu), np.int64)
+        owner = np.repeat(np.arange(len(requests)), counts)     # the request of each row
+        positions = np.arange(len(owner)) - (counts.cumsum() - counts - starts)[owner]
+        seq_rows = np.array([self.sequences[r.id].row for r in requests], np.int64)
+        blocks = self.table[seq_rows[owner], positions // self.block_size].astype(np.int64)
+        slots = blocks * self.block_size + positions % self.block_size
+        num_stored_prompts = sum(r.tier == "cpu" for r in batch.prefill)
+        assert all(r.tier == "cpu" for r in batch.prefill[:num_stored_prompts]), \
+            "prompts bound for the CPU tier come first"
+        num_stored, num_prefill = sum(prefill_lens[:num_stored_prompts]), sum(prefill_lens)
+
+        # 2) padding: where each row goes, and which rows are sampled
+        gpu_rows, cpu_rows = num_gpu, num_cpu
+        if not num_prefill:
+            gpu_rows, cpu_rows = pad(num_gpu, num_cpu)
+        first_cpu = num_prefill + gpu_rows
+        place = np.arange(len(tokens))
+        place[num_prefill + num_gpu:] += gpu_rows - num_gpu
+
+        def padded(values, fill=0):
+            out = np.full(first_cpu + cpu_rows, fill)
+            out[place] = values
+            return out
+        gets_token = [r.ends_prefill for r in batch.prefill] + [True] * (num_gpu + num_cpu)
+        sampled_rows = place[counts.cumsum() - 1][gets_token]
+
+        # 3) tensors: block tables and lengths of the decodes, everything for the device in one copy
+        lens = (starts + counts).astype(np.int32)
+        gpu, cpu = slice(num_prompts, num_prompts + num_gpu), slice(num_prompts + num_gpu, None)
+        gpu_table = self._table(seq_rows[gpu], lens[gpu], gpu_rows)
+        gpu_lens = np.zeros(gpu_rows, np.int32)
+        gpu_lens[:num_gpu] = lens[gpu]
+        gpu_slots = padded(slots, -1)[num_stored:first_cpu]
+        cpu_slots = np.concatenate([slots[:num_stored], slots[num_prefill + num_gpu:]])
+        on_device = self._to_device(tokens=padded(tokens), positions=padded(positions),
+                                    sampled_rows=sampled_rows, gpu_slots=gpu_slots,
+                                    gpu_table=gpu_table, gpu_lens=gpu_lens)
+        return SubBatch(index=index, prefill_lens=prefill_lens,
+                        prefill_past=[(r.num_cached, self._past_blocks(r)) for r in batch.prefill],
+                        num_stored=num_stored, num_prefill=num_prefill, num_gpu_rows=gpu_rows,
+                        num_cpu=num_cpu, cpu_slots=cpu_slots, cpu_lens=lens[cpu],
+                        cpu_table=self._table(seq_rows[cpu], lens[cpu], num_cpu), **on_device)
+
+    def _table(self, seq_rows, lens, num_rows):
+        """Block table of sequences, as wide as the longest needs, with rows of padding."""
+        width = -(-int(lens.max(initial=0)) // self.block_size)
+        table = np.zeros((num_rows, width), np.int32)
+        table[:len(seq_rows)] = self.table[seq_rows, :width]
+        return table
+
+    def _to_device(self, **arrays):
+        """Integer arrays -> int32 tensors on the device, by one copy that nobody waits for.
+
+        Each starts at a multiple of 16 bytes: Triton compiles kernels anew for other pointers.
+        """
+        ends = np.cumsum([-(-a.size // 4) * 4 for a in arrays.values()]).tolist()
+        starts = [0, *ends[:-1]]
+        pinned = self.device.type == "cuda"
+        packed = torch.empty(ends[-1], dtype=torch.int32, pin_memory=pinned)
+        for start, a in zip(starts, arrays.values(), strict=True):
+            packed.numpy()[start:start + a.size] = a.ravel()
+        there = packed.to(self.device, non_blocking=True)
+        return {name: there[start:start + a.size].view(a.shape)
+                for start, (name, a) in zip(starts, arrays.items(), strict=True)}
+
+    # ---- earlier chunks of a prompt
+
+    def _past_blocks(self, r):
+        """Where the earlier chunks of a prompt lie, [n] int32, on the side of its tier."""
+        num_past = -(-r.num_cached // self.block_size)
+        blocks = np.array(self.sequences[r.id].blocks[:num_past], np.int32)
+        if r.tier == "gpu" and num_past:
+            return self._to_device(blocks=blocks)["blocks"]
+        return torch.from_numpy(blocks)
+
+    def with_past(self, layer, b, k, v):
+        """k and v of prompts, each with what is cached before it.
+
+        k, v [prompt rows, Hkv, D] of this iteration's rows -> (lengths, k, v). What lies in the
+        CPU tier is brought to the device for it.
+        """
+        if not any(n for n, _ in b.prefill_past):
+            return b.prefill_lens, k, v
+        parts, start = ([], []), 0
+        for rows, (past, blocks) in zip(b.prefill_lens, b.prefill_past, strict=True):
+            tier = self.tiers["cpu" if start < b.num_stored else "gpu"]
+            for part, new, cache in zip(parts, (k, v), (tier.k, tier.v), strict=True):
+                if past:
+                    part.append(self._gather(cache[layer], blocks)[:past].to(new.dtype))
+                part.append(new[start:start + rows])
+            start += rows
+        lens = [rows + past for rows, (past, _) in zip(b.prefill_lens, b.prefill_past, strict=True)]
+        return lens, torch.cat(parts[0]), torch.cat(parts[1])
+
+    def _gather(self, cache, blocks):
+        """Blocks of a cache [num_blocks, Hkv, bs, D] -> [tokens, Hkv, D] on the device."""
+        if cache.device.type == self.device.type:                   # "cuda" is not "cuda:0"
+            found = cache[blocks]
+        else:
+            shape = len(blocks), *cache.shape[1:]
+            stage = torch.empty(shape, dtype=cache.dtype, pin_memory=True)
+            torch.index_select(cache, 0, blocks, out=stage)
+            found = stage.to(self.device, non_blocking=True)
+        return found.transpose(1, 2).flatten(0, 1)

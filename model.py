@@ -1,12 +1,14 @@
-"""Llama: weights, the linear parts, and one forward pass that either runs alone or takes turns with a second one.
+"""Llama: weights, the linear parts, and one forward pass that may take turns with others.
 
-The pass is a generator; pipelining is two generators taking turns (NEO, section 3.1):
+The pass is a generator; pipelining is two generators taking turns (NEO, section 3.1). From the
+start of an iteration:
 
     GPU   lin0A att0A lin0B att0B | lin1A att1A lin1B att1B | lin2A ...
     CPU               [ cpu A,0  ] [ cpu B,0   ][ cpu A,1  ] [ cpu B,1 ] ...
 
-lin = linear parts, att = attention of prefill and GPU-decode rows, cpu = attention of CPU-decode rows. With no GPU a
-worker thread plays it (queues.py) and everything else is the same code. Knows nothing of requests, clocks or policy.
+lin = linear parts, att = attention of prefill and GPU-decode rows, cpu = attention of CPU-decode
+rows. With no GPU, a worker thread plays it (queues.py); everything else is the same code. Knows no
+requests, no policy, and not how work is launched.
 
 Glossary of symbols, for every file:
     N rows (tokens) of a sub-batch     B sequences        S rows that get sampled
@@ -16,9 +18,8 @@ Glossary of symbols, for every file:
 """
 import math
 import time
-import warnings
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -28,17 +29,21 @@ from tqdm import tqdm
 
 import cpu_attn
 from checkpoint import PRESETS, read_tensors
-from kvcache import FORMATS, to_numpy, zeros
-from queues import CudaQueue, ThreadQueue
+from gpu_attn import DTYPE_NAMES, as_numpy
+from kvcache import zeros
+from perfmodel import Span
+from queues import Captures, CudaQueue, ThreadQueue
 
-MOST_CAPTURED = 512     # GPU or CPU decode rows of a captured sub-batch; beyond that launches cost little beside the work
-MOST_BUCKETS = 64       # sizes that are captured; each holds two graphs a layer, some MB of the driver's own memory
+SAMPLED_AT_ONCE = 64    # rows: sorting a vocabulary takes 30 bytes for each logit of a row
+TABLE_SIZE = 4_194_301  # random weights that are drawn; prime, so that no two rows are alike
 
-# --------------------------------------------------------------------------------------------------------- the model
 
 @dataclass
 class Layer:
-    """Weights of one layer; projections that share an input are one matrix."""
+    """Weights of one layer; projections that share an input are one matrix.
+
+    H, Hkv and F are those of this process: a shard of a model has fewer than its config says.
+    """
     attn_norm: torch.Tensor     # [E]
     wqkv: torch.Tensor          # [(H + 2 Hkv) D, E]
     wo: torch.Tensor            # [E, H D]
@@ -47,88 +52,123 @@ class Layer:
     w_down: torch.Tensor        # [E, F]
 
 
+@dataclass
+class Activations:
+    """The tensors that one sub-batch is computed in, for one pass."""
+    x: torch.Tensor                 # [N, E] hidden state
+    qkv: torch.Tensor               # [N, H + 2 Hkv, D] of the present layer
+    o: torch.Tensor                 # [N, H, D] attention output
+    logits: torch.Tensor = None     # [S, V] float32, after the last layer
+
+    def first(self, N):
+        return Activations(self.x[:N], self.qkv[:N], self.o[:N])
+
+
 class HostBuffers:
-    """Where q, k, v of a sub-batch's CPU rows arrive and their attention output leaves; pinned on CUDA."""
+    """Where q, k, v of a sub-batch's CPU rows arrive, and where their attention output leaves from.
+    Pinned on CUDA."""
 
-    def __init__(self, cfg, dtype, pin):
-        H, Hkv, D = cfg.n_head, cfg.n_kv_head, cfg.head_dim
-        self.kinds = {"q": (H, D, torch.float32), "o": (H, D, torch.float32), "k": (Hkv, D, dtype), "v": (Hkv, D, dtype)}
-        self.pin, self.np = pin, {}
+    def __init__(self, num_heads, num_kv_heads, head_dim, kv_dtype, pinned):
+        self.shapes = {"q": (num_heads, head_dim, torch.float32),
+                       "o": (num_heads, head_dim, torch.float32),
+                       "k": (num_kv_heads, head_dim, kv_dtype),
+                       "v": (num_kv_heads, head_dim, kv_dtype)}
+        self.pinned, self.numpy = pinned, {}
 
-    def fit(self, num_cpu, host_rows):
-        """Make room for num_cpu decode rows, and for host_rows rows of k and v."""
-        for name, (heads, D, dtype) in self.kinds.items():
-            rows = num_cpu if name in "qo" else host_rows
-            if name not in self.np or len(self.np[name]) < rows:
-                t = torch.empty(2 * rows, heads, D, dtype=dtype, pin_memory=self.pin)
+    def fit(self, num_cpu, num_host_rows):
+        """Make room for num_cpu decode rows, and for num_host_rows rows of k and v."""
+        for name, (heads, D, dtype) in self.shapes.items():
+            rows = num_cpu if name in "qo" else num_host_rows
+            if name not in self.numpy or len(self.numpy[name]) < rows:
+                t = torch.empty(2 * rows, heads, D, dtype=dtype, pin_memory=self.pinned)
                 setattr(self, name, t)
-                self.np[name] = to_numpy(t)
+                self.numpy[name] = as_numpy(t)
 
 
 class Model:
-    """Weights on the device and the forward pass.
+    """Weights on the device, and the forward pass.
 
-    model        a preset's name (random weights, drawn from `seed`) or a checkpoint folder
-    dtype        torch dtype of weights, activations and KV
-    max_len      longest sequence RoPE is tabulated for
-    gpu_threads  cores of the emulated GPU (CPU device only);  cpu_threads  cores for CPU attention
-    gpu_attn     a back end of gpu_attn.py, chosen (gpu_attn.choose)
+    name         a preset's name (random weights, drawn from `seed`) or a checkpoint folder
+    dtype        torch dtype of weights and activations
+    cpu_dtype    torch dtype of the CPU tier's KV
+    max_len      longest sequence for which RoPE is tabulated
+    gpu_threads  cores of the emulated GPU (CPU device only)
+    cpu_threads  cores for CPU attention
+    gpu_attn     a back end of gpu_attn.py
     eager        launch every kernel by itself: no CUDA graphs
 
     Raises ValueError on a checkpoint with missing, extra or misshapen tensors, or unreadable files.
     """
 
-    def __init__(self, model, cfg, dtype, device, max_len, gpu_threads, cpu_threads, gpu_attn, eager=False, seed=0):
+    def __init__(self, name, cfg, dtype, cpu_dtype, device, max_len, gpu_threads, cpu_threads,
+                 gpu_attn, eager=False, seed=0):
         self.cfg, self.dtype, self.device, self.cpu_threads = cfg, dtype, device, cpu_threads
-        self.gpu = CudaQueue() if device.type == "cuda" else ThreadQueue(gpu_threads)
-        self.attn, self.max_len = gpu_attn, max_len
-        self.eager = eager or device.type == "cpu" or not gpu_attn.padded
-        self.ops = gpu_attn.ops or TorchOps
-        self.static, self.graphs = [], {}                      # memory of captured sub-batches; (index, rows) -> replays
-        self.format = FORMATS[dtype]
-        self.random_weights = model in PRESETS
-        self.host = [HostBuffers(cfg, dtype, device.type == "cuda") for _ in range(2)]
-        self.cpu_spans, self.captured = [], False              # of the last run; did it stop to capture something?
+        self.queue = CudaQueue() if device.type == "cuda" else ThreadQueue(gpu_threads)
+        self.attn, self.ops, self.max_len = gpu_attn, gpu_attn.ops or TorchOps, max_len
+        self.captures = None                        # made by allow_captures
+        self.may_capture = gpu_attn.padded and not eager
+        self.cpu_dtype, self.cpu_format = cpu_dtype, DTYPE_NAMES[cpu_dtype]
+        self.host = {}                              # sub-batch index -> HostBuffers
+        self.cpu_spans = []                         # of the last run
+        self.random_weights = name in PRESETS
         self._allocate()
         if self.random_weights:
             self._randomise(seed)
         else:
-            self._load(Path(model))
-        self.cos, self.sin = (t.to(device) for t in rope_table(cfg, max_len))          # [max_len, D/2] float32
+            self._load(Path(name))
+        self.cos, self.sin = (t.to(device) for t in rope_table(cfg, max_len))   # [max_len, D/2]
+
+    # ---- weights
 
     def _allocate(self):
         c = self.cfg
         H, Hkv, D, E, F_ = c.n_head, c.n_kv_head, c.head_dim, c.n_embd, c.n_ffn
-        new = lambda *shape: zeros(shape, self.dtype, self.device)
+
+        def new(*shape):
+            return zeros(shape, self.dtype, self.device)
         self.embed = new(c.vocab_size, E)
-        self.head = self.embed if c.tie_embeddings else new(c.vocab_size, E)
+        self.lm_head = self.embed if c.tie_embeddings else new(c.vocab_size, E)
         self.norm = new(E)
-        self.layers = [Layer(new(E), new((H + 2 * Hkv) * D, E), new(E, H * D), new(E), new(2 * F_, E), new(E, F_))
+        self.layers = [Layer(attn_norm=new(E), wqkv=new((H + 2 * Hkv) * D, E), wo=new(E, H * D),
+                             ffn_norm=new(E), w_gate_up=new(2 * F_, E), w_down=new(E, F_))
                        for _ in range(c.n_layer)]
 
-    def slots(self):
-        """Hugging Face tensor name -> the view of the (merged) weights it belongs in."""
-        c = self.cfg
-        q, kv, F_ = c.n_head * c.head_dim, c.n_kv_head * c.head_dim, c.n_ffn
+    @property
+    def num_heads(self):
+        """(H, Hkv) of the weights in this process."""
+        w, D = self.layers[0], self.cfg.head_dim
+        H = w.wo.shape[1] // D
+        return H, (w.wqkv.shape[0] // D - H) // 2
+
+    @property
+    def kv_geometry(self):
+        """(L, Hkv, D) of the KV that this process holds."""
+        return len(self.layers), self.num_heads[1], self.cfg.head_dim
+
+    def weight_views(self):
+        """Hugging Face tensor name -> the view of the (merged) weights that it belongs in."""
         out = {"model.embed_tokens.weight": self.embed, "model.norm.weight": self.norm}
-        if not c.tie_embeddings:
-            out["lm_head.weight"] = self.head
+        if not self.cfg.tie_embeddings:
+            out["lm_head.weight"] = self.lm_head
         for i, w in enumerate(self.layers):
-            at = f"model.layers.{i}."
-            out |= {at + "input_layernorm.weight": w.attn_norm, at + "self_attn.q_proj.weight": w.wqkv[:q],
-                    at + "self_attn.k_proj.weight": w.wqkv[q:q + kv], at + "self_attn.v_proj.weight": w.wqkv[q + kv:],
-                    at + "self_attn.o_proj.weight": w.wo, at + "post_attention_layernorm.weight": w.ffn_norm,
-                    at + "mlp.gate_proj.weight": w.w_gate_up[:F_], at + "mlp.up_proj.weight": w.w_gate_up[F_:],
-                    at + "mlp.down_proj.weight": w.w_down}
+            q, k, v = w.wqkv.split([n * self.cfg.head_dim for n in self._qkv_heads()])
+            gate, up = w.w_gate_up.chunk(2)
+            views = {"input_layernorm": w.attn_norm, "self_attn.q_proj": q, "self_attn.k_proj": k,
+                     "self_attn.v_proj": v, "self_attn.o_proj": w.wo,
+                     "post_attention_layernorm": w.ffn_norm, "mlp.gate_proj": gate,
+                     "mlp.up_proj": up, "mlp.down_proj": w.w_down}
+            out |= {f"model.layers.{i}.{name}.weight": view for name, view in views.items()}
         return out
 
     def _randomise(self, seed):
-        """Fill from one table of normal deviates, each tensor from its own offset: at the speed of a copy. The table's
-        length is prime, so no two rows of a weight are alike."""
-        table = torch.randn(4_194_301, generator=torch.Generator().manual_seed(seed))
-        table = (0.02 * table).to(device=self.device, dtype=self.dtype)   # 0.02: Llama's initializer_range
+        """Fill from one table of normal deviates, each tensor from its own offset. This runs at the
+        speed of a copy."""
+        table = torch.randn(TABLE_SIZE, generator=torch.Generator().manual_seed(seed))
+        # 0.02: Llama's initializer_range
+        table = (0.02 * table).to(device=self.device, dtype=self.dtype)
         offset, n = 0, len(table)
-        for name, w in tqdm(self.slots().items(), "random weights", disable=None, leave=False):
+        views = tqdm(self.weight_views().items(), "random weights", disable=None, leave=False)
+        for name, w in views:
             if "norm" in name:
                 w.fill_(1)
                 continue
@@ -141,234 +181,219 @@ class Model:
             offset = (offset + flat.numel() + 12_345) % n
 
     def _load(self, path):
-        slots, unknown = self.slots(), []
-        total = len(slots)
-        for name, tensor in tqdm(read_tensors(path, self.cfg), f"loading {path.name}", total, disable=None, leave=False):
-            if name.endswith("rotary_emb.inv_freq") or (self.cfg.tie_embeddings and name == "lm_head.weight"):
-                continue                                       # older checkpoints carry what follows from the config
-            slot = slots.pop(name, None)
-            if slot is None:
+        views, unknown = self.weight_views(), []
+        total = len(views)
+        tensors = tqdm(read_tensors(path, self.cfg), f"loading {path.name}", total, disable=None,
+                       leave=False)
+        for name, tensor in tensors:
+            tied = self.cfg.tie_embeddings and name == "lm_head.weight"
+            if tied or name.endswith("rotary_emb.inv_freq"):
+                continue                    # older checkpoints carry what follows from the config
+            view = views.pop(name, None)
+            if view is None:
                 unknown.append(name)
                 continue
-            if slot.shape != tensor.shape:
-                raise ValueError(f"{path}: {name} has shape {list(tensor.shape)}, the config asks for "
-                                 f"{list(slot.shape)}: config and weights do not belong together")
-            slot.copy_(tensor)
-        for what, names in (("lacks", list(slots)), ("has unexpected", unknown)):
+            if view.shape != tensor.shape:
+                raise ValueError(
+                    f"{path}: {name} has shape {list(tensor.shape)}, the config asks for "
+                    f"{list(view.shape)}: config and weights do not belong together")
+            view.copy_(tensor)
+        for what, names in (("lacks", list(views)), ("has unexpected", unknown)):
             if names:
-                raise ValueError(f"{path}: the checkpoint {what} {len(names)} tensor(s) of {total}, first {names[0]}: "
-                                 "is it complete, and a plain Llama?")
+                raise ValueError(
+                    f"{path}: the checkpoint {what} {len(names)} tensor(s) of {total}, first "
+                    f"{names[0]}: is it complete, and a plain Llama?")
 
-    # one layer = the second half of `linear(i)` and the first half of `linear(i + 1)`, with attention in between
+    # ---- stages. One layer = the second half of `linear` of this layer and the first half of
+    # `linear` of the next one, with attention in between
 
-    def linear(self, i, b):
-        """Finish layer i - 1 and start layer i of sub-batch b: updates b.x, sets b.qkv, or b.logits after the last layer."""
-        c, ops = self.cfg, self.ops
+    def linear(self, b, act, i):
+        """Finish layer i - 1 and start layer i of SubBatch b: updates act.x, sets act.qkv; after
+        the last layer sets act.logits."""
+        L, ops = len(self.layers), self.ops
         if i == 0:
-            torch.index_select(self.embed, 0, b.tokens, out=b.x)                       # [N, E]
+            torch.index_select(self.embed, 0, b.tokens, out=act.x)                  # [N, E]
         else:
-            w, x, o = self.layers[i - 1], b.x, b.o.flatten(1)
-            if i == c.n_layer:
-                x, o = x[b.last], o[b.last]                                            # [S, .]: only these go on
-                if not len(x):                                                         # chunks of prompts alone
-                    b.logits = x.new_empty((0, c.vocab_size), dtype=torch.float32)
+            w, x, o = self.layers[i - 1], act.x, act.o.flatten(1)
+            if i == L:
+                x, o = x[b.sampled_rows], o[b.sampled_rows]                         # [S, .]
+                if not len(x):                          # only chunks of prompts: nothing to sample
+                    act.logits = x.new_empty((0, len(self.lm_head)), dtype=torch.float32)
                     return
+            # The residual is added within the products: shards of wo and w_down must add it once.
             x.addmm_(o, w.wo.t())
-            gate_up = F.linear(self._norm(x, w.ffn_norm), w.w_gate_up)                 # [N, 2 F]
+            gate_up = F.linear(self._norm(x, w.ffn_norm), w.w_gate_up)              # [N, 2 F]
             x.addmm_(ops.swiglu(gate_up), w.w_down.t())
-            if i == c.n_layer:
-                b.logits = F.linear(self._norm(x, self.norm), self.head).float()       # [S, V]
+            if i == L:
+                act.logits = F.linear(self._norm(x, self.norm), self.lm_head).float()   # [S, V]
                 return
-        w = self.layers[i]
-        torch.mm(self._norm(b.x, w.attn_norm), w.wqkv.t(), out=b.qkv.flatten(1))       # [N, (H + 2 Hkv) D]
-        ops.rotate_(b.qkv, self.cos, self.sin, b.positions, c.n_head + c.n_kv_head)
+        w, (H, Hkv) = self.layers[i], self.num_heads
+        out = act.qkv.view(len(act.qkv), -1)                                # [N, (H + 2 Hkv) D]
+        torch.mm(self._norm(act.x, w.attn_norm), w.wqkv.t(), out=out)
+        ops.rotate_(act.qkv, self.cos, self.sin, b.positions, H + Hkv)
 
-    def attend(self, i, b, kv):
-        """Layer i's attention of prefill and GPU-decode rows, into b.o; new k and v into the GPU tier."""
-        scale, k_cache, v_cache = self.cfg.head_dim ** -0.5, kv.gpu.k[i], kv.gpu.v[i]
-        (q, k, v), o = self._heads(b), b.o
-        p, end = b.num_prefill, b.num_prefill + b.num_gpu
-        if end > b.num_stored:
-            self.attn.store(k[b.num_stored:end], v[b.num_stored:end], k_cache, v_cache, b.gpu_slots)
+    def _norm(self, x, weight):
+        return F.rms_norm(x, weight.shape, weight, self.cfg.norm_eps)
+
+    def attend(self, b, act, kv, i):
+        """Layer i's attention of prefill and GPU-decode rows, into act.o; new k and v into the GPU
+        tier."""
+        scale, tier = self.cfg.head_dim ** -0.5, kv.tiers["gpu"]
+        k_cache, v_cache = tier.k[i], tier.v[i]
+        (q, k, v), o = self._split(act.qkv), act.o
+        stored, p, end = b.num_stored, b.num_prefill, b.num_prefill + b.num_gpu_rows
+        if end > stored:
+            self.attn.store(k[stored:end], v[stored:end], k_cache, v_cache, b.gpu_slots)
         if p:
             kv_lens, k_all, v_all = kv.with_past(i, b, k[:p], v[:p])
-            self.attn.prefill(q[:p], k_all, v_all, b.prefill_lens, kv_lens, scale, o[:p])
-        if b.num_gpu:
-            self.attn.decode(q[p:end], k_cache, v_cache, b.gpu_table, b.gpu_lens, scale, o[p:end])
+            self.attn.prefill(q[:p], k_all, v_all, b.prefill_lens, kv_lens, o[:p], scale)
+        if b.num_gpu_rows:
+            self.attn.decode(q[p:end], k_cache, v_cache, b.gpu_table, b.gpu_lens, o[p:end], scale)
 
-    def _heads(self, b):
-        """Views q [N, H, D] and k, v [N, Hkv, D] of b.qkv."""
-        return b.qkv.split((self.cfg.n_head, self.cfg.n_kv_head, self.cfg.n_kv_head), 1)
+    def _qkv_heads(self):
+        H, Hkv = self.num_heads
+        return H, Hkv, Hkv
 
-    # CPU rows: to the host, attention there, and back
+    def _split(self, qkv):
+        """Views q [N, H, D] and k, v [N, Hkv, D]."""
+        return qkv.split(self._qkv_heads(), 1)
 
-    def send(self, i, b):
+    def send(self, b, act, i):
         """q, k, v of layer i's CPU rows -> host memory."""
-        host, stored, (q, k, v) = self.host[b.index], b.num_stored, self._heads(b)
-        rows = slice(b.num_prefill + b.num_gpu, b.num_prefill + b.num_gpu + b.num_cpu)
-        host.q[:b.num_cpu].copy_(q[rows], non_blocking=True)
+        host, stored, (q, k, v) = self.host[b.index], b.num_stored, self._split(act.qkv)
+        first = b.num_prefill + b.num_gpu_rows
+        cpu_rows = slice(first, first + b.num_cpu)
+        host.q[:b.num_cpu].copy_(q[cpu_rows], non_blocking=True)
         for dst, src in ((host.k, k), (host.v, v)):
             dst[:stored].copy_(src[:stored], non_blocking=True)
-            dst[stored:b.host_rows].copy_(src[rows], non_blocking=True)
+            dst[stored:b.num_host_rows].copy_(src[cpu_rows], non_blocking=True)
 
-    def cpu_attend(self, i, b, kv):
-        """Layer i's CPU rows, on this thread and Numba's: k and v into the CPU tier, attention of the decode rows."""
-        start, host, n = time.perf_counter(), self.host[b.index].np, b.num_cpu
-        k, v = kv.cpu_k[i], kv.cpu_v[i]
-        cpu_attn.store_kv(host["k"][:b.host_rows], host["v"][:b.host_rows], k, v, b.cpu_slots)
+    def cpu_attend(self, b, kv, i):
+        """Layer i's CPU rows, on this thread and Numba's: k and v into the CPU tier, then the
+        attention of the decode rows."""
+        start, host, n = time.perf_counter(), self.host[b.index].numpy, b.num_cpu
+        k_cache, v_cache, rows = kv.cpu_k[i], kv.cpu_v[i], b.num_host_rows
+        cpu_attn.store_kv(host["k"][:rows], host["v"][:rows], k_cache, v_cache, b.cpu_slots)
         if n:
-            cpu_attn.paged_decode(host["q"][:n], k, v, b.cpu_table, b.cpu_lens, host["o"][:n],
-                                  self.cfg.head_dim ** -0.5, self.format)
-        self.cpu_spans.append(("cpu", "cpu_attend", i, b.index, start, time.perf_counter()))
+            cpu_attn.paged_decode(host["q"][:n], k_cache, v_cache, b.cpu_table, b.cpu_lens,
+                                  host["o"][:n], self.cfg.head_dim ** -0.5, self.cpu_format)
+        end = time.perf_counter()
+        self.cpu_spans.append(Span("cpu", "cpu_attend", i, b.index, start, end))
 
-    def receive(self, i, b):
-        """Layer i's attention output of CPU-decode rows -> b.o."""
-        at = b.num_prefill + b.num_gpu
-        b.o[at:at + b.num_cpu].copy_(self.host[b.index].o[:b.num_cpu].to(self.device, non_blocking=True))
+    def receive(self, b, act, i):
+        """Attention output of the CPU-decode rows -> act.o."""
+        first, o = b.num_prefill + b.num_gpu_rows, self.host[b.index].o
+        act.o[first:first + b.num_cpu].copy_(o[:b.num_cpu].to(self.device, non_blocking=True))
 
-    # the pass
+    # ---- the pass
 
-    def forward(self, b, kv, depth):
-        """One sub-batch through `depth` layers and the head; yields whenever the other sub-batch may take its turn."""
-        gpu, last = self.gpu, self.cfg.n_layer
-        linear, attend = self.place(b, kv)
+    def forward(self, b, kv, depth, activations):
+        """One sub-batch through `depth` layers and the head. Yields whenever another sub-batch may
+        take its turn; leaves its Activations in `activations`."""
+        queue, index = self.queue, b.index
+        act, linear, attend = self._place(b, kv)
+        activations[index] = act
         for i in range(depth):
-            gpu.submit(linear, i, b)
-            if b.host_rows:
-                ready = gpu.send(self.send, i, b)
-            kv.ready(i)
-            gpu.submit(attend, i, b, kv)
-            yield
-            if b.host_rows:
-                gpu.wait(ready)
-                self.cpu_attend(i, b, kv)
+            queue.submit("linear", i, index, linear)        # finish layer i - 1, start layer i
+            if b.num_host_rows:
+                sent = queue.send("send", i, index, partial(self.send, b, act))
+            kv.wait_swaps(i)
+            queue.submit("attend", i, index, attend)
+            yield                                           # another sub-batch takes its turn
+            if b.num_host_rows:
+                queue.wait(sent)
+                self.cpu_attend(b, kv, i)
                 if b.num_cpu:
-                    gpu.fetch(self.receive, i, b)
-        gpu.submit(self.linear, last, b)
+                    queue.fetch("receive", i, index, partial(self.receive, b, act))
+        queue.submit("linear", len(self.layers), index, partial(self.linear, b, act))
 
     @torch.inference_mode()
-    def run(self, batches, kv, depth=None):
-        """Run one sub-batch (sequential) or two (pipelined): sets `logits` of each. On CUDA it returns while the GPU is
-        still at work; whatever reads the logits waits for it.
+    def run(self, sub_batches, kv, depth=None):
+        """Run one SubBatch (sequential) or several (pipelined) -> logits of each, [S, V] float32.
 
-        depth  stop after so many layers, for profiling; default all
+        On CUDA it returns while the GPU still works; whatever reads the logits waits for it.
+        depth  stop after this number of layers, for profiling; default all
         """
-        self.cpu_spans, self.captured = [], False
-        self.gpu.begin()
+        self.cpu_spans = []
+        if self.captures:
+            self.captures.captured_now = False
+        self.queue.begin()
         cpu_attn.set_threads(self.cpu_threads)
-        turns = deque(self.forward(b, kv, depth or self.cfg.n_layer) for b in batches)
+        activations, depth = {}, depth or len(self.layers)
+        turns = deque(self.forward(b, kv, depth, activations) for b in sub_batches)
+        done = object()
         try:
             while turns:
-                if next(turns[0], self) is self:                # this one has finished
+                if next(turns[0], done) is done:
                     turns.popleft()
                 else:
                     turns.rotate(-1)
         finally:
             kv.settle()
-            self.gpu.drain()                                    # also when a stage failed: nothing may run on
+            self.queue.drain()              # also when a stage failed: nothing may run on
+        return [activations[b.index].logits for b in sub_batches]
 
     @property
-    def records(self):
-        """Who worked on what, when, in the last run: (lane "gpu", "cpu" or "copy", stage, layer, sub-batch, start s, end s).
-        Waits for the GPU."""
-        return self.gpu.records() + self.cpu_spans
+    def spans(self):
+        """perfmodel.Spans of the last run. Waits for the GPU."""
+        return self.queue.spans() + self.cpu_spans
 
-    # ---- where a sub-batch works: tensors of its own, or memory that captured launches know
+    # ---- where a sub-batch is computed
 
-    def bucket(self, num_gpu, num_cpu):
-        """Decode rows -> rows that they are padded to, so that few captures serve all: the same where nothing is captured.
-        GPU rows alone go up in steps, eight to a power of two; beside CPU rows both in powers of two."""
-        if not self._captures(num_gpu, num_cpu):
-            return num_gpu, num_cpu
+    def allow_captures(self, width):
+        """Make the static memory of captured decodes, for block tables of `width` blocks, if this
+        back end and the options allow captures."""
+        if self.may_capture:
+            self.captures = Captures(self, width)
 
-        def up(n, parts):
-            step = max(1, 2 ** (n - 1).bit_length() // parts)
-            return -(-n // step) * step if n else 0
-        return up(num_gpu, 1 if num_cpu else 8), up(num_cpu, 1)
+    @property
+    def captured(self):
+        """Did the last run stop to capture something?"""
+        return bool(self.captures and self.captures.captured_now)
 
-    def _captures(self, num_gpu, num_cpu):
-        return not self.eager and max(num_gpu, num_cpu) <= MOST_CAPTURED
+    def padded_rows(self, num_gpu, num_cpu):
+        """(GPU decodes, CPU decodes) -> rows that they are padded to."""
+        return self.captures.padded_rows(num_gpu, num_cpu) if self.captures else (num_gpu, num_cpu)
 
-    def place(self, b, kv):
-        """Give b its working tensors; returns (linear, attend) to run it with."""
-        N, num_gpu = len(b.tokens), b.num_gpu
-        self.host[b.index].fit(b.num_cpu, b.host_rows)
-        replays = self._replays(b, kv) if not b.num_prefill and self._captures(num_gpu, N - num_gpu) else None
-        if replays is None:
-            b.x, b.qkv, b.o = self._working(N)
-            return self.linear, self.attend
-        (*rows, table), (x, qkv, o) = self.static[b.index]
-        b.x, b.qkv, b.o = x[:N], qkv[:N], o[:N]
-        for static, new in zip(rows, (b.tokens, b.positions, b.gpu_slots, b.gpu_lens)):
-            static[:len(new)].copy_(new)
-        table[:num_gpu, :b.gpu_table.shape[1]].copy_(b.gpu_table)
+    def activations(self, N):
+        (H, Hkv), D = self.num_heads, self.cfg.head_dim
 
-        def linear(i, b):
-            replays["linear", i]()
+        def new(*shape):
+            return torch.empty(N, *shape, dtype=self.dtype, device=self.device)
+        return Activations(new(self.embed.shape[1]), new(H + 2 * Hkv, D), new(H, D))
 
-        def attend(i, b, kv):
-            if num_gpu:
-                replays["attend", i]()
-        return linear, attend
+    def _place(self, b, kv):
+        """-> (Activations, linear(layer), attend(layer)) of a SubBatch."""
+        if b.index not in self.host:
+            self.host[b.index] = HostBuffers(*self.num_heads, self.cfg.head_dim, self.cpu_dtype,
+                                             self.device.type == "cuda")
+        self.host[b.index].fit(b.num_cpu, b.num_host_rows)
+        placed = self.captures.place(b, kv) if self.captures else None
+        if placed:
+            return placed
+        act = self.activations(len(b.tokens))
+        return act, partial(self.linear, b, act), partial(self.attend, b, act, kv)
 
-    def _replays(self, b, kv):
-        """The captured stages of b's bucket, {("linear" or "attend", layer): replay}, captured now if they are not yet; None
-        if that is not possible. Without GPU rows there is no attention to capture."""
-        N = len(b.tokens)
-        key = b.index, b.num_gpu, N
-        if not self.static:
-            self.reserve(kv.table.shape[1])
-        if key not in self.graphs and len(self.graphs) < MOST_BUCKETS:
-            (tokens, positions, slots, lens, table), (x, qkv, o) = self.static[b.index]
-            slots.fill_(-1), lens.zero_()                       # what is captured runs once or twice, on nobody's behalf
-            there = replace(b, tokens=tokens[:N], positions=positions[:N], gpu_slots=slots[:b.num_gpu],
-                            gpu_lens=lens[:b.num_gpu], gpu_table=table[:b.num_gpu], x=x[:N], qkv=qkv[:N], o=o[:N])
-            calls = {("linear", i): partial(self.linear, i, there) for i in range(self.cfg.n_layer)}
-            if b.num_gpu:
-                calls |= {("attend", i): partial(self.attend, i, there, kv) for i in range(self.cfg.n_layer)}
-            self.captured = True
-            try:
-                self.graphs[key] = dict(zip(calls, self.gpu.capture(list(calls.values()))))
-            except torch.OutOfMemoryError as error:
-                warnings.warn(f"no memory to capture decodes of {N} rows ({error}): these are launched kernel by kernel")
-                self.graphs[key] = None
-        return self.graphs.get(key)
-
-    def _working(self, N):
-        """x [N, E], qkv [N, H + 2 Hkv, D], o [N, H, D]."""
-        c = self.cfg
-        shapes = (c.n_embd,), (c.n_head + 2 * c.n_kv_head, c.head_dim), (c.n_head, c.head_dim)
-        return [torch.empty(N, *shape, dtype=self.dtype, device=self.device) for shape in shapes]
-
-    def reserve(self, width):
-        """Make the memory of captured sub-batches, for block tables of `width`: for each of the two (tokens, positions,
-        slots, lengths, block table) and the working tensors, of which a bucket takes the first rows."""
-        rows = 2 * MOST_CAPTURED
-        new = lambda *shape: torch.zeros(shape, dtype=torch.int32, device=self.device)
-        self.static = [([new(rows), new(rows), new(rows), new(rows), new(rows, width)],
-                        [t.zero_() for t in self._working(rows)]) for _ in range(2)]
-
-    def attention(self, block_size):
+    def describe_attention(self, block_size):
         """Which attention runs in either tier, in words."""
-        path = cpu_attn.fastest_path(self.format, self.cfg.head_dim, block_size)
-        launches = "" if self.device.type == "cpu" else ", launched one by one" if self.eager else ", decodes in CUDA graphs"
+        path = cpu_attn.fastest_path(self.cpu_format, self.cfg.head_dim, block_size)
+        launches = ", decodes in CUDA graphs" if self.may_capture else ", launched one by one"
+        launches = launches if self.device.type == "cuda" else ""
         return f"GPU tier: {self.attn.describe()}{launches}; CPU tier: Numba, {path} path"
-
-    def _norm(self, x, weight):
-        return F.rms_norm(x, (self.cfg.n_embd,), weight, self.cfg.norm_eps)
 
 
 class TorchOps:
-    """What lies between the matrix products, in plain torch; gpu_kernels.py has the same in a kernel each."""
+    """What lies between the matrix products, in plain torch. kernels/triton_kernels.py has the same
+    in one kernel each."""
 
     @staticmethod
     def rotate_(qkv, cos, sin, positions, heads):
-        """RoPE in place on the first `heads` heads of qkv [N, ., D], the halves of a head as pairs (Hugging Face's layout);
-        cos, sin [max_len, D/2] float32, positions [N]."""
-        c, s = (table[positions][:, None] for table in (cos, sin))                     # [N, 1, D/2]
+        """RoPE in place on the first `heads` heads of qkv [N, ., D], with the halves of a head as
+        pairs (Hugging Face's layout); cos, sin [max_len, D/2] float32, positions [N]."""
+        c, s = (table[positions][:, None] for table in (cos, sin))                  # [N, 1, D/2]
         x = qkv[:, :heads]
-        a, b = x.chunk(2, -1)
-        x.copy_(torch.cat((a * c - b * s, b * c + a * s), -1))
+        first, second = x.chunk(2, -1)
+        x.copy_(torch.cat((first * c - second * s, second * c + first * s), -1))
 
     @staticmethod
     def swiglu(gate_up):
@@ -379,14 +404,66 @@ class TorchOps:
 
 def rope_table(cfg, max_len):
     """cos, sin [max_len, D/2] float32, with the config's scaling applied to the frequencies."""
-    freq = 1.0 / cfg.rope_theta ** (torch.arange(0, cfg.head_dim, 2, dtype=torch.float32) / cfg.head_dim)
-    s = cfg.rope_scaling or {}
-    if s.get("rope_type") == "linear":
-        freq /= s["factor"]
-    elif s.get("rope_type") == "llama3":                        # long wavelengths / factor, short ones kept, in between
-        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)
-        lo, hi = s["low_freq_factor"], s["high_freq_factor"]
-        keep = ((turns - lo) / (hi - lo)).clamp(0, 1)           # 0: fewer than lo turns in the original context
-        freq = freq * (keep + (1 - keep) / s["factor"])
+    exponent = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32) / cfg.head_dim
+    freq = 1.0 / cfg.rope_theta ** exponent
+    scaling = cfg.rope_scaling or {}
+    kind = scaling.get("rope_type")
+    if kind == "linear":
+        freq /= scaling["factor"]
+    elif kind == "llama3":          # long wavelengths / factor, short ones kept, a blend in between
+        turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)   # 0: fewer than `low` turns
+        freq = freq * (keep + (1 - keep) / scaling["factor"])
     angle = torch.arange(max_len, dtype=torch.float32)[:, None] * freq
     return angle.cos(), angle.sin()
+
+
+# ---------------------------------------------------------------------------------- sampling
+
+def sample(logits, outs):
+    """logits [S, V] float32, one row per output -> S token ids.
+
+    An output brings `params` (neo.SamplingParams), `rng` and `logprobs`. Greedy rows take the
+    largest logit. Each other row draws one number from its own generator, so neither the batch nor
+    the order of requests changes what it draws. Outputs that ask for log-probabilities get them.
+    """
+    # NumPy's argmax is ten times faster than torch's on a CPU
+    best = logits.argmax(-1) if logits.is_cuda else logits.numpy().argmax(-1)
+    tokens = best.tolist()
+    for rows in _groups(i for i, out in enumerate(outs) if out.params.temperature):
+        params = [outs[i].params for i in rows]
+        numbers = [outs[i].rng.random() for i in rows]
+        for i, token in zip(rows, draw(logits[rows], params, numbers), strict=True):
+            tokens[i] = token
+    for rows in _groups(i for i, out in enumerate(outs) if out.params.logprobs):
+        chosen = torch.tensor([tokens[i] for i in rows], device=logits.device)[:, None]
+        found = logits[rows].log_softmax(-1).gather(1, chosen)[:, 0].tolist()
+        for i, logprob in zip(rows, found, strict=True):
+            outs[i].logprobs.append(logprob)
+    return tokens
+
+
+def _groups(rows):
+    rows = list(rows)
+    return [rows[i:i + SAMPLED_AT_ONCE] for i in range(0, len(rows), SAMPLED_AT_ONCE)]
+
+
+def draw(logits, params, numbers):
+    """Invert the (truncated) distribution of each row at a number in [0, 1).
+
+    logits [R, V]; params: R objects with temperature, top_p, top_k -> R token ids.
+    """
+    def column(values):
+        return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
+    V = logits.shape[1]
+    temperature, top_p = column([p.temperature for p in params]), column([p.top_p for p in params])
+    top_k = column([p.top_k or V for p in params])
+    x, order = (logits / temperature).sort(descending=True)             # [R, V] likeliest first
+    probs = x.softmax(-1)
+    before = probs.cumsum(-1) - probs                                   # mass of likelier tokens
+    keep = (torch.arange(V, device=x.device) < top_k) & (before < top_p)
+    mass = (probs * keep).cumsum(-1)
+    reached = (mass <= column(numbers) * mass[:, -1:]).sum(-1, keepdim=True)
+    last_kept = keep.sum(-1, keepdim=True).clamp(min=1) - 1
+    return order.gather(1, reached.clamp(max=last_kept))[:, 0].tolist()

@@ -1,344 +1,340 @@
-"""NEO: online LLM inference with part of the KV cache, and its decode attention, on the CPU (arXiv 2411.01142).
+"""NEO: online LLM inference with part of the KV cache, and its decode attention, on the CPU.
 
     from neo import LLM, SamplingParams
-    llm = LLM("tiny")                                       # a preset with random weights, or a checkpoint folder
+    llm = LLM("tiny")               # a preset with random weights, or a checkpoint folder
     print(llm.generate([[1, 2, 3]], SamplingParams(max_tokens=8))[0].token_ids)
 
     python neo.py --model PATH --prompt "The capital of France is"
 
-The one loop is `LLM.step`: plan, forward, sample, commit. Knows no kernels, no blocks, not how a plan is made.
+The one loop is `LLM.step`: plan, bind, forward, commit, measure (arXiv 2411.01142). Knows no
+kernels, and not how a plan is made.
 """
-import argparse
 import random
 import statistics
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass, field, fields
-from functools import partial
 
 import torch
 from tqdm import tqdm
 
-from checkpoint import load_config, load_tokenizer
-from gpu_attn import BACKENDS, choose
+from checkpoint import StreamDecoder, load_config, load_tokenizer
+from gpu_attn import choose
 from kvcache import KVCache
-from model import Model
-from perfmodel import TESTBEDS, Prediction, Profile, Roofline, SimulatedModel, Testbed, find_testbed
-from sampling import draw_some, sample
-from scheduler import STRATEGIES, Request, Scheduler
-from startup import BLOCK_SIZE, device_name, fmt_gib, measure_gpu_blocks, plan_budget, profile_samples, resolve_device, \
-    resolve_dtype, resolve_threads, warm_up
+from measure import measure_gpu_blocks, profile_points, warm_up
+from model import SAMPLED_AT_ONCE, Model, draw, sample
+from options import Options, Parser, add_engine_flags, engine_options
+from perfmodel import (
+    Prediction,
+    Profile,
+    Roofline,
+    SimulatedModel,
+    Testbed,
+    busy_seconds,
+    find_testbed,
+)
+from request import Request, RequestOutput, SamplingParams
+from scheduler import Scheduler, StrategyError
+from startup import (
+    device_name,
+    fmt_gib,
+    plan_budget,
+    resolve_device,
+    resolve_dtype,
+    resolve_threads,
+)
+from strategies import find_strategy
 
-
-@dataclass
-class SamplingParams:
-    """How to continue one prompt. Raises ValueError on values out of range."""
-    max_tokens: int = 16
-    temperature: float = 0.0       # 0: greedy
-    top_p: float = 1.0             # keep the likeliest tokens up to this probability
-    top_k: int = 0                 # keep so many of the likeliest tokens; 0: all
-    seed: int = None               # of this request; None: drawn from the engine's seed and the request's number
-    ignore_eos: bool = False       # always produce max_tokens
-    stop: list = None              # strings that end the text (a str, or a list), themselves left out of it
-    logprobs: bool = False         # also the log-probability of every token, as the model gave it
-
-    def __post_init__(self):
-        self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
-        for name, ok, need in (("max_tokens", self.max_tokens >= 1, "1 or more"),
-                               ("temperature", self.temperature == 0 or 1e-4 <= self.temperature <= 1e4,
-                                "0, or from 0.0001 to 10000"),
-                               ("top_p", 1e-6 <= self.top_p <= 1, "from 0.000001 to 1"),
-                               ("top_k", 0 <= self.top_k < 2 ** 31, "0 or more, below 2^31"),
-                               ("stop", all(self.stop), "strings that are not empty")):
-            if not ok:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: must be {need}")
-
-
-@dataclass
-class RequestOutput:
-    """A request as its user sees it; grows with every token."""
-    request_id: object
-    prompt_token_ids: list
-    params: SamplingParams
-    token_ids: list                # grows; an end-of-text id that ended the request is its last
-    text: str = ""                 # grows, whole characters only; empty without a tokenizer
-    finish_reason: str = None      # "stop", "length" or "abort" once finished
-    logprobs: list = field(default_factory=list)                # of token_ids, natural; empty unless asked for
-    rng: random.Random = field(default=None, repr=False)        # its own, if it samples
-    decoder: object = field(default=None, repr=False)           # tokens -> text, if there is a tokenizer
-
-    def settled_text(self):
-        """The text that can change no more: its end may yet turn out to begin a stop string."""
-        hold = 0 if self.finish_reason else max(map(len, self.params.stop), default=1) - 1
-        return self.text[:len(self.text) - hold]
-
-
-class StreamDecoder:
-    """Token ids -> text, piece by piece. Decodes the tail twice, without and with the new tokens, and hands out the
-    difference once it ends in a whole character; the tail starts where text was last handed out."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.start, self.shown = tokenizer, 0, 0
-
-    def __call__(self, ids, last=False):
-        old = self.tokenizer.decode(ids[self.start:self.shown])
-        new = self.tokenizer.decode(ids[self.start:])
-        if len(new) <= len(old) or (new.endswith("\ufffd") and not last):
-            return ""
-        self.start, self.shown = self.shown, len(ids)
-        return new[len(old):]
-
-
-# --------------------------------------------------------------------------------------------------------- the engine
+MAX_ERRORS = 4096       # iterations whose prediction error is remembered
 
 class LLM:
-    """The engine.
+    """The engine. LLM(model, strategy="neo", **options).
 
-    model             preset with random weights (tiny, llama-160m, -1b, -7b, -8b, -13b, -70b) or a checkpoint folder
-    strategy          gpu-only, serial, symmetric, neo, or one of your own
-    device            auto, cuda, cpu (a worker thread plays the GPU)
-    dtype             auto, bf16, fp16, fp32
-    gpu_mem, cpu_mem  GiB. gpu_mem is the whole GPU (weights and activations included); cpu_mem the CPU tier of the KV
-    gpu_blocks        KV blocks of the GPU tier; overrides gpu_mem
-    block_size        tokens per block; default 16
-    max_model_len     longest prompt + output, in tokens; default what model and cache allow, at most 8192
-    max_batch_tokens  prompt tokens per iteration; default 2048. Longer prompts are prefilled in chunks
-    gpu_threads       cores of the emulated GPU;  cpu_threads  cores for CPU attention
-    gpu_attn          attention on the GPU tier: auto, or a back end of gpu_attn.py (torch, numba, triton)
-    eager             launch every GPU kernel by itself, instead of capturing decodes in CUDA graphs
-    simulate          a testbed's name (t4, g5.4xlarge, h100, ...), a perfmodel.Testbed, or an LLM whose measured profile to
-                      run on: nothing is computed, a virtual clock runs, every token is 0
-    seed              of random weights and of requests that bring none
+    model    a preset with random weights (tiny, llama-160m, -1b, -7b, -8b, -13b, -70b) or a
+             checkpoint folder
+    options  the fields of options.Options: device, dtype, gpu_mem, gpu_blocks, cpu_mem, ...
+             simulate may also be a perfmodel.Testbed, or an LLM on whose measured profile to run:
+             nothing is computed, a virtual clock runs, every token is 0
 
     Raises ValueError, before anything is loaded, on what does not exist or does not fit.
     """
 
-    def __init__(self, model, strategy="neo", device="auto", dtype="auto", gpu_mem=None, gpu_blocks=None, cpu_mem=None,
-                 block_size=None, max_model_len=None, max_batch_tokens=None, gpu_threads=None, cpu_threads=None,
-                 simulate=None, seed=0, gpu_attn="auto", eager=False):
-        self.name, self.seed = str(model), seed
-        self.verbose, self.on_iteration = False, None    # print each iteration; called with (records, start, end)
-        self.cfg = cfg = load_config(self.name)
-        self.testbed = None
-        if simulate:
-            self._simulate(simulate, dtype, strategy, gpu_mem, gpu_blocks, cpu_mem, block_size, max_model_len,
-                           max_batch_tokens)
-            return self.reset(strategy)
-        self.device = resolve_device(device)
-        self.dtype = resolve_dtype(dtype, cfg, self.device)
-        cores, self.gpu_threads, self.cpu_threads = resolve_threads(self.device, gpu_threads, cpu_threads)
-        self.budget = budget = plan_budget(self.name, cfg, self.dtype, self.device, strategy, gpu_mem, gpu_blocks, cpu_mem,
-                                           block_size, max_model_len, max_batch_tokens)
-        attn = choose(gpu_attn, self.device, self.dtype)
-        self.tokenizer = load_tokenizer(self.name)
-
-        started = time.perf_counter()
-        torch.set_num_threads(cores)                                    # to fill the weights
-        self.model = Model(self.name, cfg, self.dtype, self.device, budget.max_model_len, self.gpu_threads,
-                           self.cpu_threads, attn, eager, seed)
-        torch.set_num_threads(self.gpu_threads or cores)                # this thread samples while the GPU idles
-        self.load_seconds = time.perf_counter() - started
-        if self.device.type == "cuda" and gpu_blocks is None:
-            budget.num_blocks["gpu"] = measure_gpu_blocks(self, gpu_mem, partial(
-                draw_some, out=RequestOutput(None, [], SamplingParams(temperature=1.0), [], rng=random.Random(0))))
-            budget.check_length(strategy, max_model_len)
-        self.kv = self._cache()
-        self.clock, self.wait = time.perf_counter, time.sleep
-        warm_up(self)
-        self.perf_samples = profile_samples(self) if budget.num_blocks["cpu"] else None
+    def __init__(self, model, strategy="neo", **options):
+        options = Options.of(str(model), strategy, options)
+        self.name, self.seed = options.model, options.seed
+        self.verbose = False            # print each iteration
+        self.on_iteration = None        # called with (spans, start, end) of each iteration
+        self.cfg = load_config(self.name)
+        self.testbed = self.points = self.outputs = None
+        if options.simulate:
+            self._simulate(options)
+        else:
+            self._load(options)
         self.reset(strategy)
 
-    def _simulate(self, simulate, dtype, *memory):
-        """What __init__ does, for a simulation."""
-        self.device, self.tokenizer, self.perf_samples = torch.device("cpu"), None, None
-        if isinstance(simulate, LLM):
-            self.dtype, self.budget, self.perf_samples = simulate.dtype, simulate.budget, simulate.perf_samples
-            if self.perf_samples is None:
+    def _load(self, options):
+        cfg, tiers = self.cfg, find_strategy(options.strategy).tiers
+        self.device = resolve_device(options.device)
+        self.dtype = resolve_dtype(options.dtype, cfg, self.device)
+        cores, self.gpu_threads, self.cpu_threads = resolve_threads(
+            self.device, options.gpu_threads, options.cpu_threads)
+        self.budget = budget = plan_budget(options, tiers, cfg, self.dtype, self.device)
+        attn = choose(options.gpu_attn, self.device, self.dtype)
+        self.tokenizer = load_tokenizer(self.name)
+
+        start = time.perf_counter()
+        torch.set_num_threads(cores)                        # to fill the weights
+        self.model = Model(
+            self.name, cfg, self.dtype, budget.kv_dtypes["cpu"], self.device, budget.max_model_len,
+            self.gpu_threads, self.cpu_threads, attn, options.eager, options.seed)
+        torch.set_num_threads(self.gpu_threads or cores)    # this thread samples: the GPU idles
+        self.load_seconds = time.perf_counter() - start
+        self.model.allow_captures(-(-budget.max_model_len // budget.block_size))
+        if self.device.type == "cuda" and options.gpu_blocks is None:
+            params = [SamplingParams(temperature=1.0)] * SAMPLED_AT_ONCE
+
+            def sample_some(logits):
+                n = min(len(logits), SAMPLED_AT_ONCE)
+                draw(logits[:n], params[:n], [0.5] * n)
+            budget.num_blocks["gpu"] = measure_gpu_blocks(
+                self.model, budget, options.gpu_mem, sample_some)
+            budget.check_length(options.strategy, tiers, options.max_model_len)
+        self.kv = KVCache(self.model.kv_geometry, budget.block_size, budget.num_blocks,
+                          budget.max_model_len, budget.kv_dtypes, self.device)
+        self.clock, self.wait = time.perf_counter, time.sleep
+        warm_up(self.model, self.kv)
+        if budget.num_blocks["cpu"]:
+            threads = [self.gpu_threads, self.cpu_threads]
+            self.points = profile_points(self.model, self.kv, budget, threads)
+
+    def _simulate(self, options):
+        """What _load does, for a simulation."""
+        source, cfg = options.simulate, self.cfg
+        self.device, self.tokenizer = torch.device("cpu"), None
+        if isinstance(source, LLM):
+            self.dtype, self.budget, self.points = source.dtype, source.budget, source.points
+            if self.points is None:
                 raise ValueError("simulate: this LLM has no profile, as it has no CPU tier")
         else:
-            self.testbed = simulate if isinstance(simulate, Testbed) else find_testbed(simulate)
-            self.dtype = resolve_dtype("fp16" if dtype == "auto" else dtype, self.cfg, self.device)
-            self.budget = plan_budget(self.name, self.cfg, self.dtype, self.device, *memory, testbed=self.testbed)
-        self.kv = self._cache(empty=True)
-        self.model = SimulatedModel(self._predictor())
+            self.testbed = source if isinstance(source, Testbed) else find_testbed(source)
+            dtype = "fp16" if options.dtype == "auto" else options.dtype
+            self.dtype = resolve_dtype(dtype, cfg, self.device)
+            tiers = find_strategy(options.strategy).tiers
+            self.budget = plan_budget(options, tiers, cfg, self.dtype, self.device, self.testbed)
+        budget, geometry = self.budget, (cfg.n_layer, cfg.n_kv_head, cfg.head_dim)
+        self.kv = KVCache(geometry, budget.block_size, budget.num_blocks, budget.max_model_len,
+                          budget.kv_dtypes, self.device, empty=True)
+        self.model = SimulatedModel(self._new_perf())
         self.clock, self.wait = self.model.clock, self.model.wait
 
-    def _cache(self, empty=False):
-        cfg, budget = self.cfg, self.budget
-        return KVCache((cfg.n_layer, cfg.n_kv_head, cfg.head_dim), budget.block_size, budget.num_blocks["gpu"],
-                       budget.num_blocks["cpu"], budget.max_model_len, self.dtype, self.device, empty)
-
-    def _predictor(self):
-        """A performance model as it is before anything was observed; None where nothing was measured."""
+    def _new_perf(self):
+        """A performance model before anything was observed; None where nothing was measured."""
         if self.testbed:
             return Roofline(self.testbed, self.cfg, self.dtype.itemsize)
-        return self.perf_samples and Profile(self.perf_samples, self.cfg.n_layer, self.budget.token_bytes)
+        if self.points is None:
+            return None
+        return Profile(self.points, self.cfg.n_layer, self.budget.token_bytes)
 
     def reset(self, strategy):
-        """Start over under a strategy: nothing queued, statistics at zero; model, cache and profile are kept.
-        Raises ValueError on an unknown strategy and RuntimeError while requests are in flight."""
-        if getattr(self, "outputs", None):
-            raise RuntimeError(f"{len(self.outputs)} requests are in flight: finish or abort them first")
-        budget = self.budget
-        self.perf = self._predictor()
-        self.scheduler = Scheduler(strategy, budget.num_blocks, budget.block_size, budget.max_model_len,
-                                   budget.max_batch_tokens, self.perf)
-        self.strategy, self.outputs, self.requests, self.count = strategy, {}, {}, 0
-        self.time = dict.fromkeys(("wall", "model", "gpu_busy", "cpu_busy"), 0.0)
-        self.swapped_before, self.errors = self.kv.swapped_blocks, deque(maxlen=4096)
+        """Start over under a strategy: no requests, statistics at zero; model, cache and profile
+        are kept. Raises ValueError on an unknown strategy or one whose tier has no blocks, and
+        RuntimeError while requests are in flight."""
+        if self.outputs:
+            raise RuntimeError(f"{len(self.outputs)} requests are in flight: finish or abort them")
+        budget, cls = self.budget, find_strategy(strategy)
+        budget.check_tiers(strategy, cls.tiers)
+        self.perf = self._new_perf()
+        self.scheduler = Scheduler(cls(), budget.num_blocks, budget.block_size,
+                                   budget.max_model_len, budget.max_batch_tokens, self.perf)
+        self.strategy, self.outputs, self.num_added = strategy, {}, 0
+        self.seconds = dict.fromkeys(("wall", "model", "gpu_busy", "cpu_busy"), 0.0)
+        self.swapped_before, self.errors = self.kv.swapped_blocks, deque(maxlen=MAX_ERRORS)
 
-    # ---- requests in, tokens out
+    # ---- requests in
 
     def add_request(self, prompt, params=None, request_id=None):
-        """Queue one prompt (str, or list of token ids) and return its id. Raises ValueError if it can never be served;
-        requests in flight are not touched."""
+        """Queue one prompt (str, or list of token ids) and return its id.
+
+        Raises ValueError if it can never be served. Requests in flight are not touched.
+        """
         params = params or SamplingParams()
-        ids = self.check(prompt, params)
-        request_id = self.count if request_id is None else request_id
+        ids = self.check_prompt(prompt, params)
+        request_id = self.num_added if request_id is None else request_id
         if request_id in self.outputs:
             raise ValueError(f"request id {request_id!r} is in flight already")
+        stop_ids = frozenset() if params.ignore_eos else frozenset(self.cfg.eos_ids)
         request = Request(request_id, ids, min(params.max_tokens, self.max_request_len - len(ids)),
-                          frozenset() if params.ignore_eos else frozenset(self.cfg.eos_ids), params.ignore_eos)
+                          stop_ids, params.ignore_eos)
         self.scheduler.add(request)
-        self.count += 1
-        out = self.outputs[request.id] = RequestOutput(request.id, ids, params, request.output)
-        self.requests[request.id] = request
+        self.num_added += 1
+        out = self.outputs[request_id] = RequestOutput(request, params)
         if params.temperature:
-            out.rng = random.Random(f"{self.seed}/{self.count}" if params.seed is None else str(params.seed))
+            unseeded = f"{self.seed}/{self.num_added}"
+            out.rng = random.Random(unseeded if params.seed is None else str(params.seed))
         if self.tokenizer:
             out.decoder = StreamDecoder(self.tokenizer)
-        return request.id
+        return request_id
 
-    def check(self, prompt, params):
-        """Token ids of a prompt that can be served; changes nothing, and may be called from any thread. Raises ValueError."""
+    def check_prompt(self, prompt, params):
+        """Token ids of a prompt that can be served. It changes nothing, so any thread may call it.
+        Raises ValueError."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
-                raise ValueError(f"{self.name} comes without a tokenizer: give the prompt as token ids")
+                raise ValueError(f"{self.name} comes without a tokenizer: give the prompt as token "
+                                 "ids")
             if not prompt:
                 raise ValueError("the prompt is empty: give at least one character")
             prompt = self.tokenizer.encode(prompt)
         try:
             ids = [int(t) for t in prompt]
         except (TypeError, ValueError):
-            raise ValueError(f"a prompt is a str or a list of token ids, got {prompt!r:.60}") from None
+            raise ValueError(f"a prompt is a str or a list of token ids, got {prompt!r:.60}"
+                             ) from None
         if not ids:
             raise ValueError("the prompt is empty: give at least one token id")
-        bad = next((t for t in ids if not 0 <= t < self.cfg.vocab_size), None)
-        if bad is not None:
-            raise ValueError(f"token id {bad} is outside the vocabulary 0..{self.cfg.vocab_size - 1}")
+        V = self.cfg.vocab_size
+        wrong = next((t for t in ids if not 0 <= t < V), None)
+        if wrong is not None:
+            raise ValueError(f"token id {wrong} is outside the vocabulary 0..{V - 1}")
         if params.stop and not self.tokenizer:
             raise ValueError(f"stop strings need text, and {self.name} comes without a tokenizer")
         self.scheduler.check_length(len(ids))
         return ids
 
     def abort(self, request_id):
-        """Drop a request and free what it holds. Returns its output, or None if it is not in flight."""
+        """Drop a request and free what it holds. Returns its output, or None if it is not in
+        flight."""
         out = self.outputs.get(request_id)
         if out:
-            self.scheduler.finish(self.requests[request_id], "abort")
+            self.scheduler.finish(out.request, "abort")
             self._close(out)
         return out
 
-    def step(self):
-        """One iteration: plan, forward, sample, commit. Returns the outputs that got a token: none when idle, or while there
-        are only prompts with more chunks to come.
+    # ---- tokens out
 
-        If anything raises, the requests of this iteration are aborted (the rest go on) and it is raised again.
+    def step(self):
+        """One iteration. Returns the outputs that got a token: none when nothing is in flight, or
+        when all rows belong to prompts with more chunks to come.
+
+        If anything raises, the requests of this iteration are aborted (after a StrategyError all
+        are: its books cannot be trusted), the others go on, and it is raised again.
         """
         if not self.outputs:
             return []
-        t0 = self.clock()
-        plan = self.scheduler.plan()
+
+        # 1) Plan: who has rows, and in which tier their KV lies.
+        start = self.clock()
+        plan = self._plan()
         try:
+            # 2) Bind: blocks are freed, moved and reserved; rows become tensors.
             for r in plan.preempted:
                 self.kv.release(r.id)
             for requests, tier in ((plan.swap_out, "cpu"), (plan.swap_in, "gpu")):
                 if requests:
                     self.kv.swap([r.id for r in requests], tier)
-            inputs = [self.kv.bind(b, i, self.model.bucket) for i, b in enumerate(plan.batches)]
-            outs = [[self.outputs[r.id] for r in b.sampled] for b in plan.batches]
-            t1 = self.clock()
-            self.model.run(inputs, self.kv)
-            tokens = [t for b, rows in zip(inputs, outs) for t in sample(b.logits, rows)]
-            t2 = self.clock()
+            sub_batches = [self.kv.bind(batch, i, self.model.padded_rows)
+                           for i, batch in enumerate(plan.batches)]
+
+            # 3) Forward: all layers, then one token for each row that is sampled.
+            model_start = self.clock()
+            outs = [[self.outputs[r.id] for r in batch.sampled] for batch in plan.batches]
+            logits = self.model.run(sub_batches, self.kv)
+            tokens = [t for x, rows in zip(logits, outs, strict=True) for t in sample(x, rows)]
+            model_end = self.clock()
+
+            # 4) Commit: tokens are appended, finished requests leave, text grows.
             self.scheduler.commit(plan, tokens)
-            outs = [out for rows in outs for out in rows]
-            for out in outs:
+            grown = [out for rows in outs for out in rows]
+            for out in grown:
                 self._grow(out)
         except BaseException:
-            for r in {id(r): r for r in plan.requests + plan.swap_in + plan.swap_out}.values():
+            for r in {r.id: r for r in plan.requests + plan.swap_in + plan.swap_out}.values():
                 self.abort(r.id)
             raise
-        self._measure(plan, t0, t1, t2, self.clock())
-        return outs
+
+        # 5) Measure: correct the predictions.
+        self._measure(plan, start, model_end - model_start, self.clock())
+        return grown
+
+    def _plan(self):
+        try:
+            return self.scheduler.plan()
+        except StrategyError:
+            self.scheduler.clear()
+            for out in list(self.outputs.values()):
+                out.request.finish_reason = "abort"
+                self._close(out)
+            raise
 
     def _grow(self, out):
         """After a new token: text, stop strings, the end."""
-        request = self.requests[out.request_id]
-        reason, stops = request.finish_reason, out.params.stop
+        reason, stops = out.finish_reason, out.params.stop
         if out.decoder:
-            ended = reason == "stop"                     # an end-of-text id is no text
-            new = out.decoder(out.token_ids[:-1] if ended else out.token_ids, last=reason is not None)
-            seen = max(0, len(out.text) - max(map(len, stops), default=0))
+            # an end-of-text id is no text
+            ids = out.token_ids[:-1] if reason == "stop" else out.token_ids
+            new = out.decoder(ids, final=reason is not None)
+            searched = max(0, len(out.text) - max(map(len, stops), default=0))
             out.text += new
-            hits = [at for at in (out.text.find(s, seen) for s in stops) if at >= 0]
-            if hits:
-                out.text = out.text[:min(hits)]
+            found = [i for i in (out.text.find(s, searched) for s in stops) if i >= 0]
+            if found:
+                out.text = out.text[:min(found)]
                 if reason is None:
-                    self.scheduler.finish(request, "stop")
-                reason = "stop"
-        if reason:
-            request.finish_reason = reason
+                    self.scheduler.finish(out.request, "stop")
+                out.request.finish_reason = "stop"
+        if out.finish_reason:
             self._close(out)
 
     def _close(self, out):
-        request = self.requests.pop(out.request_id)
-        out.finish_reason = request.finish_reason
         self.kv.release(out.request_id)
         del self.outputs[out.request_id]
 
-    def _measure(self, plan, t0, t1, t2, t3):
-        records = self.model.records
-        busy = {lane: sum(r[5] - r[4] for r in records if r[0] == lane) for lane in ("gpu", "cpu", "copy")}
-        self.time["wall"] += t3 - t0
-        self.time["model"] += t2 - t1
-        self.time["gpu_busy"] += busy["gpu"]
-        self.time["cpu_busy"] += busy["cpu"]
-        measured = Prediction(1e3 * (t3 - t0), 1e3 * busy["gpu"], 1e3 * (busy["cpu"] + busy["copy"]))
+    def _measure(self, plan, start, model_seconds, end):
+        spans, s = self.model.spans, self.scheduler
+        busy = busy_seconds(spans)
+        for name, value in (("wall", end - start), ("model", model_seconds),
+                            ("gpu_busy", busy["gpu"]), ("cpu_busy", busy["cpu"])):
+            self.seconds[name] += value
+        measured = Prediction(1e3 * (end - start), 1e3 * busy["gpu"],
+                              1e3 * (busy["cpu"] + busy["copy"]))
+        predicted_ms = plan.predicted.total_ms if plan.predicted else float("nan")
         if plan.predicted and not self.model.captured:
-            self.errors.append(abs(plan.predicted.total / measured.total - 1))
+            self.errors.append(abs(predicted_ms / measured.total_ms - 1))
             self.perf.observe(plan.predicted, measured)
         if self.verbose:
-            rows = " | ".join(f"prefill {sum(r.rows for r in b.prefill):5d} gpu {len(b.gpu):3d} cpu {len(b.cpu):3d}"
-                              for b in plan.batches)
-            print(f"iteration {self.scheduler.iteration:5d}  {rows}  waiting {len(self.scheduler.waiting):3d}  "
-                  f"predicted {plan.predicted.total if plan.predicted else float('nan'):8.1f} ms  "
-                  f"measured {measured.total:8.1f} ms", file=sys.stderr)
+            rows = " | ".join(
+                f"prefill {sum(r.num_scheduled for r in b.prefill):5d} "
+                f"gpu {len(b.gpu_decodes):3d} cpu {len(b.cpu_decodes):3d}" for b in plan.batches)
+            print(f"iteration {s.iteration:5d}  {rows}  waiting {len(s.waiting):3d}  predicted "
+                  f"{predicted_ms:8.1f} ms  measured {measured.total_ms:8.1f} ms", file=sys.stderr)
         if self.on_iteration:
-            self.on_iteration(records, t0, t3)
+            self.on_iteration(spans, start, end)
 
     def generate(self, prompts, params=None):
-        """Continue every prompt; outputs in the order of the prompts.
+        """Continue every prompt; returns outputs in the order of the prompts.
 
-        prompts  list of str or of lists of token ids;  params  one SamplingParams for all, or a list of them
+        prompts  list of str or of lists of token ids
+        params   one SamplingParams for all, or a list of them
 
-        Raises ValueError, naming the prompt, before any work is done. If interrupted, frees what it added.
+        Raises ValueError, naming the prompt, before any work is done. If interrupted, it frees
+        what it added.
         """
         if isinstance(prompts, str):
             raise ValueError("prompts must be a list: wrap the string in [ ]")
-        params = params if isinstance(params, list) else [params or SamplingParams()] * len(prompts)
+        if not isinstance(params, list):
+            params = [params or SamplingParams()] * len(prompts)
         if len(params) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts, but {len(params)} SamplingParams")
         ids = []
-        for i, (prompt, p) in enumerate(zip(prompts, params)):
+        for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
             try:
-                ids.append(self.check(prompt, p))
+                ids.append(self.check_prompt(prompt, p))
             except ValueError as error:
                 raise ValueError(f"prompt {i}: {error}") from None
-        outs = [self.outputs[self.add_request(prompt, p)] for prompt, p in zip(ids, params)]
+        added = [self.add_request(prompt, p) for prompt, p in zip(ids, params, strict=True)]
+        outs = [self.outputs[request_id] for request_id in added]
         try:
-            with tqdm(total=len(outs), desc="generate", unit="req", disable=None, leave=False) as bar:
+            with tqdm(total=len(outs), desc="generate", unit="req", disable=None,
+                      leave=False) as bar:
                 while any(out.finish_reason is None for out in outs):
                     self.step()
                     bar.update(sum(out.finish_reason is not None for out in outs) - bar.n)
@@ -361,125 +357,95 @@ class LLM:
         return {tier: n * self.budget.block_size for tier, n in self.scheduler.num_blocks.items()}
 
     def stats(self):
-        """Counters since the last reset, times in seconds, and the present state of both tiers in blocks."""
-        s, t = self.scheduler, self.time
-        return {**{k: s.stats[k] for k in ("iterations", "pipelined_iterations", "preemptions", "prefill_tokens", "chunks",
-                                           "cpu_prefills", "gpu_decode_tokens", "cpu_decode_tokens")},
-                "swapped_blocks": self.kv.swapped_blocks - self.swapped_before,
-                "mean_batch_size": s.stats["rows"] / max(s.stats["iterations"], 1),
-                "waiting": len(s.waiting), "running_gpu": len(s.running["gpu"]), "running_cpu": len(s.running["cpu"]),
-                "gpu_blocks": s.num_blocks["gpu"], "gpu_blocks_free": s.free["gpu"],
-                "cpu_blocks": s.num_blocks["cpu"], "cpu_blocks_free": s.free["cpu"],
-                "wall_s": t["wall"], "gpu_busy_s": t["gpu_busy"], "cpu_busy_s": t["cpu_busy"],
-                "outside_model_share": 1 - t["model"] / t["wall"] if t["wall"] else 0.0,
-                "prediction_error": statistics.median(self.errors) if self.errors else None}
+        """Counters since the last reset, times in seconds, and the present state of both tiers in
+        blocks."""
+        s, seconds = self.scheduler, self.seconds
+        counters = ("iterations", "pipelined_iterations", "preemptions", "prefill_tokens", "chunks",
+                    "cpu_prefills", "gpu_decode_tokens", "cpu_decode_tokens")
+        share = seconds["model"] / seconds["wall"] if seconds["wall"] else 1.0
+        return {
+            **{name: s.stats[name] for name in counters},
+            "swapped_blocks": self.kv.swapped_blocks - self.swapped_before,
+            "mean_batch_size": s.stats["rows"] / max(s.stats["iterations"], 1),
+            "waiting": len(s.waiting), "running_gpu": len(s.running["gpu"]),
+            "running_cpu": len(s.running["cpu"]),
+            "gpu_blocks": s.num_blocks["gpu"], "gpu_blocks_free": s.num_free["gpu"],
+            "cpu_blocks": s.num_blocks["cpu"], "cpu_blocks_free": s.num_free["cpu"],
+            "wall_s": seconds["wall"], "gpu_busy_s": seconds["gpu_busy"],
+            "cpu_busy_s": seconds["cpu_busy"], "outside_model_share": 1 - share,
+            "prediction_error": statistics.median(self.errors) if self.errors else None}
 
     def describe(self):
         """What was chosen, a line each."""
-        cfg, budget, bed, cpu = self.cfg, self.budget, self.testbed, self.device.type == "cpu"
-        simulated = isinstance(self.model, SimulatedModel)
+        cfg, budget, bed = self.cfg, self.budget, self.testbed
+        weights, threads, device = "no weights", "none", "simulated from a measured profile"
         if bed:
-            device = (f"simulated {bed.name}: {bed.tp} x {bed.gpu}, {bed.tflops:g} TFLOP/s x {bed.compute_eff:g}, "
-                      f"{bed.gpu_bw:g} GB/s x {bed.memory_eff:g}; PCIe {bed.pcie_bw:g} GB/s; host {bed.cores} cores, "
-                      f"{bed.host_gb:g} GiB, {bed.cpu_bw:g} GB/s. Not a measurement")
-        elif simulated:
-            device = "simulated from a measured profile"
-        else:
-            name = device_name(self.device)
-            device = f"CPU ({name}); a thread plays the GPU: an emulation, not a GPU" if cpu else name
-        how = ("no weights" if simulated else
-               f"{'random weights' if self.model.random_weights else 'checkpoint'}, ready in {self.load_seconds:.1f} s")
-        threads = ("none" if simulated else
-                   f"{f'{self.gpu_threads} as the GPU, ' if cpu else ''}{self.cpu_threads} for CPU attention")
-        tiers = ", ".join(f"{tier.upper()} {n * budget.block_size} tokens ({fmt_gib(n * budget.block_bytes)})"
-                          for tier, n in budget.num_blocks.items())
+            device = (
+                f"simulated {bed.name}: {bed.tp} x {bed.gpu}, {bed.tflops:g} TFLOP/s x "
+                f"{bed.compute_eff:g}, {bed.gpu_bw:g} GB/s x {bed.memory_eff:g}; PCIe "
+                f"{bed.pcie_bw:g} GB/s; host {bed.cores} cores, {bed.host_gb:g} GiB, "
+                f"{bed.cpu_bw:g} GB/s. Not a measurement")
+        elif not isinstance(self.model, SimulatedModel):
+            device, threads = device_name(self.device), f"{self.cpu_threads} for CPU attention"
+            weights = "random weights" if self.model.random_weights else "checkpoint"
+            weights += f", ready in {self.load_seconds:.1f} s"
+            if self.device.type == "cpu":
+                device = f"CPU ({device}); a thread plays the GPU: an emulation, not a GPU"
+                threads = f"{self.gpu_threads} as the GPU, {threads}"
+        tiers = ", ".join(
+            f"{tier.upper()} {n * budget.block_size} tokens "
+            f"({fmt_gib(n * budget.block_bytes[tier])})" for tier, n in budget.num_blocks.items())
         return "\n".join((
             f"device     {device}",
-            f"model      {self.name}: {cfg.num_params / 1e9:.2f} B parameters, {cfg.n_layer} layers, {cfg.n_head}/"
-            f"{cfg.n_kv_head} heads of {cfg.head_dim}; {str(self.dtype)[6:]}, {fmt_gib(budget.weight_bytes)}: {how}",
+            f"model      {self.name}: {cfg.num_params / 1e9:.2f} B parameters, {cfg.n_layer} "
+            f"layers, {cfg.n_head}/{cfg.n_kv_head} heads of {cfg.head_dim}; {str(self.dtype)[6:]}, "
+            f"{fmt_gib(budget.weight_bytes)}: {weights}",
             f"threads    {threads}",
-            f"attention  {self.model.attention(budget.block_size)}",
+            f"attention  {self.model.describe_attention(budget.block_size)}",
             f"KV budget  {tiers}; blocks of {budget.block_size}",
-            f"limits     {budget.max_model_len} tokens per request, {budget.max_batch_tokens} prompt tokens per iteration"))
+            f"limits     {budget.max_model_len} tokens per request, "
+            f"{budget.max_batch_tokens} prompt tokens per iteration"))
 
 
-# ------------------------------------------------------------------------------------------------------- command line
-
-ENGINE_ARGS = ("device", "dtype", "gpu_mem", "gpu_blocks", "cpu_mem", "block_size", "max_model_len", "max_batch_tokens",
-               "gpu_threads", "cpu_threads", "gpu_attn", "eager", "seed")
-TESTBED_NUMBERS = fields(Testbed)[2:]          # all but its name and its GPU's
-
-
-def add_engine_args(parser):
-    """The flags that neo.py and bench.py share: LLM's arguments."""
-    parser.add_argument("--device", default="auto", help="auto, cuda, cpu (a thread plays the GPU)")
-    parser.add_argument("--dtype", default="auto", help="auto, bf16, fp16, fp32")
-    parser.add_argument("--gpu-mem", type=float, metavar="GIB", help="memory of the GPU, weights included")
-    parser.add_argument("--gpu-blocks", type=int, metavar="N", help="KV blocks of the GPU tier; overrides --gpu-mem")
-    parser.add_argument("--cpu-mem", type=float, metavar="GIB", help="KV in host memory")
-    parser.add_argument("--block-size", type=int, metavar="N", help=f"tokens per block (default {BLOCK_SIZE})")
-    parser.add_argument("--max-model-len", type=int, metavar="N", help="longest prompt + output, in tokens")
-    parser.add_argument("--max-batch-tokens", type=int, metavar="N",
-                        help="prompt tokens per iteration; longer prompts are prefilled in chunks")
-    parser.add_argument("--gpu-threads", type=int, metavar="N", help="cores that play the GPU")
-    parser.add_argument("--cpu-threads", type=int, metavar="N", help="cores for CPU attention")
-    parser.add_argument("--gpu-attn", default="auto", help=f"attention on the GPU tier: auto, {', '.join(BACKENDS)}")
-    parser.add_argument("--eager", action="store_true", help="launch every GPU kernel by itself: no CUDA graphs")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--simulate", metavar="TESTBED", help=f"run on a virtual clock: {', '.join(TESTBEDS)}; "
-                        "bench.py also: self, this machine from its measured profile, beside the real run")
-    group = parser.add_argument_group("numbers of a simulated testbed", "in place of the preset's; units: perfmodel.Testbed")
-    for f in TESTBED_NUMBERS:
-        group.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, metavar="X")
-
-
-def engine_args(args):
-    """Parsed flags -> LLM's arguments, the numbers of a simulated testbed folded into `simulate`. Raises ValueError."""
-    numbers = {f.name: getattr(args, f.name) for f in TESTBED_NUMBERS if getattr(args, f.name) is not None}
-    if numbers and not args.simulate:
-        raise ValueError(f"--{next(iter(numbers)).replace('_', '-')} changes a simulated testbed: add --simulate TESTBED")
-    return {k: getattr(args, k) for k in ENGINE_ARGS} | {
-        "simulate": find_testbed(args.simulate, **numbers) if args.simulate else None}
-
+# ------------------------------------------------------------------------------ command line
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Continue a prompt, printing the text as it comes.", allow_abbrev=False)
-    parser.add_argument("--model", required=True, help="checkpoint folder, or a preset (random weights)")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", help="text to continue")
-    what.add_argument("--token-ids", metavar="IDS", help="the prompt as numbers: \"1 15043 3186\"")
-    parser.add_argument("--strategy", default="neo", help=", ".join(STRATEGIES))
+    parser = Parser("Continue a prompt, printing the text as it comes.")
+    parser.add_argument("--model", required=True, help="checkpoint folder, or a preset")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", help="text to continue")
+    prompt.add_argument("--token-ids", metavar="IDS", help='the prompt as numbers: "1 15043 3186"')
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--stop", action="append", help="end at this string; may be given several times")
+    parser.add_argument("--stop", action="append", help="end at this string; may be repeated")
     parser.add_argument("--ignore-eos", action="store_true")
-    parser.add_argument("--verbose", action="store_true", help="one line per iteration: rows, predicted and measured ms")
-    add_engine_args(parser)
+    parser.add_argument("--verbose", action="store_true",
+                        help="one line per iteration: rows, predicted and measured ms")
+    add_engine_flags(parser)
     args = parser.parse_args(argv)
     try:
-        prompt = [int(t) for t in args.token_ids.split()] if args.prompt is None else args.prompt
-        params = SamplingParams(args.max_tokens, args.temperature, args.top_p, args.top_k, args.seed,
-                                args.ignore_eos, args.stop)
-        llm = LLM(args.model, args.strategy, **engine_args(args))
+        prompt = args.prompt
+        if prompt is None:
+            prompt = [int(t) for t in args.token_ids.split()]
+        params = SamplingParams(args.max_tokens, args.temperature, args.top_p, args.top_k,
+                                args.seed, args.ignore_eos, args.stop)
+        llm = LLM(args.model, args.strategy, **engine_options(args))
         out = llm.outputs[llm.add_request(prompt, params)]
     except ValueError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted before the first token")
     print(llm.describe(), file=sys.stderr)
-    llm.verbose, shown, ids = args.verbose, 0, 0
+    llm.verbose = args.verbose
+    shown = 0                           # characters, or token ids where there is no tokenizer
     try:
         while out.finish_reason is None:
             llm.step()
-            if llm.tokenizer is None:
-                print("".join(f"{t} " for t in out.token_ids[ids:]), end="", flush=True)
-                ids = len(out.token_ids)
-            else:
-                text = out.settled_text()
-                print(text[shown:], end="", flush=True)
-                shown = max(shown, len(text))
+            new = out.settled_text() if llm.tokenizer else [f"{t} " for t in out.token_ids]
+            print("".join(new[shown:]), end="", flush=True)
+            shown = max(shown, len(new))
     except KeyboardInterrupt:
         llm.abort(out.request_id)
     print(f"\n[{len(out.token_ids)} tokens, {out.finish_reason}]", file=sys.stderr)

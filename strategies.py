@@ -1,26 +1,46 @@
-"""The strategies: how an iteration's rows are formed, and in which tier a prompt goes. A class each, registered by name; to
-write one, see the README.
+"""The strategies: which rows an iteration has, and in which tier a prompt's KV goes.
 
     gpu-only    no CPU tier: the baseline
     serial      offloads, one sub-batch
     symmetric   all KV in host memory, two equal sub-batches
-    neo         prompts and GPU decodes in A, CPU decodes in both, as many as stay hidden (NEO, section 3.2)
+    neo         prompts and GPU decodes in A, CPU decodes in both, as many as stay hidden
 
-Pure integers and predicted milliseconds, like scheduler.py, whose verbs they use: admit, swap_in, decodes.
+A strategy is a class with `tiers` (where it keeps KV) and form(s, plan) -> [Batch, ...], registered
+by name; `order(s, request)` is optional. It uses the verbs of Scheduler s: admit, decodes, swap_in,
+swap_out, refill_gpu, preempt, expected. Integers and predicted milliseconds only: this file knows
+no torch, no devices and no blocks. To write one, see the README and EXPERIMENTS.md.
 """
 from bisect import bisect_right
 from collections import Counter
 from itertools import accumulate
 
-from scheduler import MAX_WAIT, Batch, prompt_work, strategy
+from perfmodel import Work
+from plan import check_strategy, prompt_work
+from scheduler import Batch
 
-TRIAL = 256           # iterations after which decodes of the CPU tier must be worth their cost
-SLACK = 1.25          # residents of the CPU tier over what an iteration with prompts hides: somebody is always at hand
+STRATEGIES = {}
+
+
+def strategy(name):
+    """Class decorator: register a strategy under the name that LLM(strategy=...) takes."""
+    def register(cls):
+        check_strategy(name, cls)
+        cls.name, STRATEGIES[name] = name, cls
+        return cls
+    return register
+
+
+def find_strategy(name):
+    """The class registered under a name. Raises ValueError on an unknown name."""
+    if name not in STRATEGIES:
+        raise ValueError(f"unknown strategy {name!r}: choose one of {', '.join(STRATEGIES)}")
+    return STRATEGIES[name]
 
 
 @strategy("gpu-only")
 class GpuOnly:
-    """No CPU tier: the baseline. Prompts are admitted when the GPU tier will hold them to their end."""
+    """No CPU tier: the baseline. Prompts are admitted when the GPU tier can hold them to their
+    end."""
     tiers = ("gpu",)
 
     def form(self, s, plan):
@@ -30,12 +50,13 @@ class GpuOnly:
 
 @strategy("serial")
 class Serial:
-    """Offloading without overlap: one sub-batch of everybody; the GPU waits for the CPU in every layer."""
+    """Offloading without overlap: one sub-batch of everybody, so the GPU waits for the CPU in
+    every layer."""
     tiers = ("gpu", "cpu")
 
     def form(self, s, plan):
         s.admit(plan, self.tiers)
-        s.swap_in(plan)
+        s.refill_gpu(plan)
         return [Batch(plan.prefill, s.decodes("gpu"), s.decodes("cpu"))]
 
 
@@ -50,158 +71,222 @@ class Symmetric:
         return [Batch(plan.prefill[i::2], (), decodes[i::2]) for i in range(2)]
 
 
+# --------------------------------------------------------------------------------------- neo
+
+MAX_WAIT = 32         # iterations: a request in the CPU tier gets a token at least once in them
+TRIAL = 256           # iterations after which CPU decodes must be worth what they cost
+CLOSED = 4 * TRIAL    # iterations for which the CPU tier takes no prompts if they were not
+RESIDENTS = 1.25      # Keep up to 1.25 x as many requests in the CPU tier as one iteration can
+#                       hide, so that there is always CPU work to fill it.
+MEMORY = 0.005        # share of the newest value in the moving averages: about a request's life
+MAX_HIDDEN = 4096     # CPU decodes beyond which nobody asks how many one iteration hides
+
+
+class Average:
+    """A moving average. The first value counts fully."""
+
+    def __init__(self, value=0.0):
+        self.value = value
+
+    def add(self, new):
+        self.value = self.value + MEMORY * (new - self.value) if self.value else new
+
+
 @strategy("neo")
 class Neo:
-    """Asymmetric pipelining, load-aware: sub-batch A = prompts, GPU decodes and a few CPU decodes; B = CPU decodes.
+    """Asymmetric pipelining, load-aware (NEO, section 3.2).
+
+    Sub-batch A = prompts, GPU decodes and a few CPU decodes; B = most CPU decodes. In a steady
+    state the two take turns like this:
 
         GPU   [ linear A: prompts, GPU decodes ][ attention A ][ linear B ]
         CPU   [ attention B ..................................][ attention A .. ]
 
-    CPU decodes are given out, those that waited longest first, while the CPU's time stays hidden. Of three shapes
-    (GPU rows alone, one sub-batch with everything, two sub-batches) the one with most tokens per second is run. Where
-    decodes alone hide little of the CPU's work, CPU decodes so ride along with prompts. Both tiers' tokens bring the same
-    prompts, so a prompt goes to the CPU tier only while a decode there adds less time than one in the GPU tier.
+    1. Admit prompts: to the GPU tier while they fit, then to the CPU tier while that pays.
+    2. Give CPU decodes out, those that waited longest first, while the CPU's time stays hidden.
+    3. Compare three shapes: GPU rows alone, one sub-batch of everything, two sub-batches. Run the
+       one with most predicted tokens per ms.
     """
     tiers = ("gpu", "cpu")
 
     def __init__(self):
-        self.gpu_tokens = self.gpu_ms = 0.0     # decodes of the GPU tier in an iteration, and the time they add to prompts
-        self.cpu_tokens = self.cpu_ms = 0.0     # decodes of the CPU tier, and the time they add to that; moving averages
-        self.prompt_tokens = 0.0                # in an iteration that carries prompts, and
-        self.prompt_share = 1.0                 # the share of such iterations; moving averages, too
-        self.opened = 0                         # iteration from which the CPU tier takes prompts
+        # of an iteration: decodes of each tier, and the ms that they add to it
+        self.gpu_tokens, self.gpu_ms = Average(), Average()
+        self.cpu_tokens, self.cpu_ms = Average(), Average()
+        self.prompt_tokens = Average()      # of an iteration that carries prompts
+        self.prompt_share = Average(1.0)    # share of the iterations that carry prompts
+        self.opened = 0                     # iteration from which the CPU tier takes prompts
 
     def form(self, s, plan):
         gpu_now, cpu_now = s.decodes("gpu"), s.decodes("cpu")
-        self.resident = len(cpu_now), sum(r.num_tokens for r in cpu_now)
-        self.gpu_load = len(gpu_now), sum(r.num_tokens for r in gpu_now)
-        if self._cost("cpu") > self._cost("gpu"):                           # out of the CPU tier, before others come in
-            s.swap_in(plan)
-        s.admit(plan, self.tiers, lambda tier, r: tier == "gpu" or s.idle or self._pays(s, r))
+        self.residents = len(cpu_now), sum(r.num_tokens for r in cpu_now)
+        self.gpu_work = len(gpu_now), sum(r.num_tokens for r in gpu_now)
+        if self._cost("cpu") > self._cost("gpu"):   # out of the CPU tier, before others come in
+            s.refill_gpu(plan)
+        s.admit(plan, self.tiers,
+                lambda tier, r: tier == "gpu" or s.nothing_runs or self._pays(s, r))
         if not plan.swap_in:
-            s.swap_in(plan)
+            s.refill_gpu(plan)
 
         gpu = s.decodes("gpu")
-        cpu = sorted(s.decodes("cpu"), key=lambda r: (r.moved, r.arrival))
+        cpu = sorted(s.decodes("cpu"), key=lambda r: (r.last_run, r.arrival))
         shapes = _Shapes(s.perf, plan.prefill, gpu, cpu)
         due = self._due(s, shapes)
-        n, b = max(shapes.candidates(due), key=lambda shape: shapes.rate(*shape))
-        self._learn(shapes, n, b)
-        return [Batch(plan.prefill, gpu, cpu[b:n]), Batch(cpu=cpu[:b])]
+        num_cpu, num_in_b = max(shapes.candidates(due), key=lambda c: shapes.tokens_per_ms(*c))
+        self._learn(shapes, num_cpu, num_in_b)
+        return [Batch(plan.prefill, gpu, cpu[num_in_b:num_cpu]),
+                Batch(cpu_decodes=cpu[:num_in_b])]
 
     def _due(self, s, shapes):
-        """How many CPU decodes, the longest waiting first, must move now, so that all move within MAX_WAIT iterations even if
-        no prompt comes: those due within t iterations, less what t iterations of decodes hide."""
-        n = len(shapes.cpu)
-        if not n:
-            return 0
-        later = Counter(max(0, MAX_WAIT + r.moved - s.iteration) for r in shapes.cpu)
-        a = s.perf.load(shapes.decode_rows or 1, gpu_kv=shapes.fixed["gpu_kv"])
-        step = self._hidden(s.perf, shapes.kv[n] / n, a.linear + a.gpu + s.perf.load(1).linear)
-        return max(n - step * t for t, n in enumerate(accumulate(later[t] for t in range(MAX_WAIT + 1))))
+        """CPU decodes, the longest waiting first, that must run now, so that all run within
+        MAX_WAIT iterations even if no prompt comes.
 
-    def _learn(self, shapes, n, b):
-        prompts, alone, gpu = shapes.rows - shapes.decode_rows, shapes.prompts_ms(), shapes.ms(0, 0)
-        for name, new in (("gpu_tokens", shapes.decode_rows), ("gpu_ms", gpu - alone), ("cpu_tokens", n),
-                          ("cpu_ms", shapes.ms(n, b) - gpu), ("prompt_tokens", prompts or self.prompt_tokens),
-                          ("prompt_share", prompts > 0)):
-            old = getattr(self, name)
-            setattr(self, name, old + 0.005 * (new - old) if old else new)  # remembers about as long as a request lives
+        For every horizon t: (requests whose deadline is within t iterations) - t x (decodes hidden
+        per iteration). The largest value must run now.
+        """
+        num_cpu = len(shapes.cpu)
+        if not num_cpu:
+            return 0
+        deadlines = Counter(max(0, MAX_WAIT + r.last_run - s.iteration) for r in shapes.cpu)
+        a = s.perf.load(Work(shapes.num_decodes or 1, gpu_kv=shapes.fixed["gpu_kv"]))
+        hidden = self._hidden(s.perf, shapes.kv[num_cpu] / num_cpu,
+                              a.linear_ms + a.gpu_ms + s.perf.load(Work(1)).linear_ms)
+        within = accumulate(deadlines[t] for t in range(MAX_WAIT + 1))
+        return max(num_due - hidden * t for t, num_due in enumerate(within))
+
+    def _learn(self, shapes, num_cpu, num_in_b):
+        """Remember what the decodes of each tier add to an iteration."""
+        num_prompt_rows = shapes.num_rows - shapes.num_decodes
+        gpu_ms = shapes.ms(0, 0)
+        self.gpu_tokens.add(shapes.num_decodes)
+        self.gpu_ms.add(gpu_ms - shapes.prompts_ms())
+        self.cpu_tokens.add(num_cpu)
+        self.cpu_ms.add(shapes.ms(num_cpu, num_in_b) - gpu_ms)
+        self.prompt_tokens.add(num_prompt_rows or self.prompt_tokens.value)
+        self.prompt_share.add(num_prompt_rows > 0)
 
     def _cost(self, tier):
         """ms that a decode of a tier has added lately; 0 before there was one."""
-        tokens = getattr(self, f"{tier}_tokens")
-        return getattr(self, f"{tier}_ms") / tokens if tokens else 0.0
+        tokens, ms = getattr(self, f"{tier}_tokens").value, getattr(self, f"{tier}_ms").value
+        return ms / tokens if tokens else 0.0
 
     def _pays(self, s, request):
-        """Should this prompt decode on the CPU? While a second sub-batch, one more pass over the weights, is shared by
-        enough CPU decodes to make each cheaper than one in the GPU tier even with half of them: those that hide behind
-        decodes alone; or else those that hide behind prompts, if prompts come so often that nobody waits too long. From
-        that half on, what CPU decodes have cost counts as well: if it stays too much, the tier closes for a while."""
+        """Should this prompt decode on the CPU?
+
+        A second sub-batch reads all weights once more. Accept if that cost, divided by half the
+        expected number of CPU decodes, is below the cost of one GPU decode. The expected number
+        is what decodes alone hide; or else what prompts hide, if prompts come often. Once half of
+        that number is there, what CPU decodes have really cost counts too: if it stays too high,
+        the tier closes for a while.
+        """
         perf = s.perf
         if s.iteration < self.opened:
             return False
-        n, kv = self.resident[0] + 1, self.resident[1] + request.num_tokens
-        prompt, (rows, gpu_kv) = int(self.prompt_tokens) or request.num_tokens, self.gpu_load
-        busy, idle = perf.load(prompt + rows, [(0, prompt)], gpu_kv=gpu_kv), perf.load(rows or 1, gpu_kv=gpu_kv)
-        b = perf.load(n).linear
-        most, least = (self._hidden(perf, kv / n, a.linear + a.gpu + b) for a in (busy, idle))
-        price = self._cost("gpu") if self.gpu_tokens else float("inf")
-        if perf.n_layer * b > price * least / 2:
-            most *= min(1.0, self.prompt_share * MAX_WAIT / 2)              # half, as prompts come in bursts
-            if perf.n_layer * b > price * most / 2:
+        num_cpu, kv = self.residents[0] + 1, self.residents[1] + request.num_tokens
+        num_gpu, gpu_kv = self.gpu_work
+        prompt = int(self.prompt_tokens.value) or request.num_tokens
+        with_prompts = perf.load(Work(prompt + num_gpu, ((0, prompt),), gpu_kv=gpu_kv))
+        decodes_alone = perf.load(Work(num_gpu or 1, gpu_kv=gpu_kv))
+        b_linear = perf.load(Work(num_cpu)).linear_ms
+        hidden, hidden_alone = (
+            self._hidden(perf, kv / num_cpu, a.linear_ms + a.gpu_ms + b_linear)
+            for a in (with_prompts, decodes_alone))
+        price = self._cost("gpu") if self.gpu_tokens.value else float("inf")
+        if perf.n_layer * b_linear > price * hidden_alone / 2:
+            hidden *= min(1.0, self.prompt_share.value * MAX_WAIT / 2)  # half: they come in bursts
+            if perf.n_layer * b_linear > price * hidden / 2:
                 return False
-        if n > most / 2 and self._cost("cpu") > price:
+        if num_cpu > hidden / 2 and self._cost("cpu") > price:
             if s.iteration > self.opened + TRIAL:
-                self.opened = s.iteration + 4 * TRIAL
+                self.opened = s.iteration + CLOSED
             return False
-        if n > SLACK * most:
+        if num_cpu > RESIDENTS * hidden:
             return False
-        self.resident = n, kv
+        self.residents = num_cpu, kv
         return True
 
     @staticmethod
-    def _hidden(perf, kv_each, cover):
-        """CPU decodes of so many cached tokens each that `cover` ms hide."""
-        return bisect_right(range(1, 4096), cover, key=lambda n: perf.cpu_time(n, n * kv_each))
+    def _hidden(perf, kv_each, gpu_ms):
+        """CPU decodes of kv_each cached tokens that gpu_ms of the GPU's work hide."""
+        return bisect_right(range(1, MAX_HIDDEN), gpu_ms,
+                            key=lambda n: perf.cpu_time(n, n * kv_each))
 
 
 class _Shapes:
-    """The ways to split one iteration's rows: n CPU decodes run, the first b of them as sub-batch B (0: no second
-    sub-batch). `cpu` is in the order in which they are taken."""
+    """The ways to split one iteration's rows: num_cpu CPU decodes run, the first num_in_b of them
+    as sub-batch B (0: no second sub-batch). `cpu` is in the order in which they are taken."""
 
     def __init__(self, perf, prefill, gpu, cpu):
         self.perf, self.cpu = perf, cpu
-        self.rows = sum(r.rows for r in prefill) + len(gpu)
-        self.samples = sum(r.ends_prefill for r in prefill) + len(gpu)
-        self.worth = sum(r.rows / r.num_tokens for r in prefill) + len(gpu)     # a chunk is worth its share of the first token
-        self.fixed = dict(gpu_kv=sum(r.num_tokens for r in gpu), **prompt_work(prefill))
-        self.decode_rows = len(gpu)
-        self.kv = [0, *accumulate(r.num_tokens for r in cpu)]              # tokens of the first n
+        self.num_decodes = len(gpu)
+        self.num_rows = sum(r.num_scheduled for r in prefill) + len(gpu)
+        self.num_sampled = sum(r.ends_prefill for r in prefill) + len(gpu)
+        # a chunk is worth its share of the first token
+        self.tokens = sum(r.num_scheduled / r.num_tokens for r in prefill) + len(gpu)
+        self.fixed = {"gpu_kv": sum(r.num_tokens for r in gpu), **prompt_work(prefill)}
+        self.kv = [0, *accumulate(r.num_tokens for r in cpu)]      # tokens of the first n
 
-    def a(self, b, n):
-        return self.perf.load(self.rows + n - b, n_cpu=n - b, cpu_kv=self.kv[n] - self.kv[b], **self.fixed)
+    def load_a(self, num_cpu, num_in_b):
+        num_in_a = num_cpu - num_in_b
+        return self.perf.load(Work(self.num_rows + num_in_a, num_cpu=num_in_a,
+                                   cpu_kv=self.kv[num_cpu] - self.kv[num_in_b], **self.fixed))
 
-    def b(self, b):
-        return self.perf.load(b, n_cpu=b, cpu_kv=self.kv[b])
+    def load_b(self, num_in_b):
+        return self.perf.load(Work(num_in_b, num_cpu=num_in_b, cpu_kv=self.kv[num_in_b]))
 
-    def ms(self, n, b):
+    def ms(self, num_cpu, num_in_b):
         """Predicted time of a shape."""
-        loads = (self.a(b, n), self.b(b)) if b else (self.a(0, n),)
-        return self.perf.iteration(loads, (self.samples + n - b, b)).total if self.rows + n else 0.0
+        if not self.num_rows + num_cpu:
+            return 0.0
+        loads = [self.load_a(num_cpu, num_in_b)]
+        if num_in_b:
+            loads.append(self.load_b(num_in_b))
+        num_sampled = self.num_sampled + num_cpu - num_in_b, num_in_b
+        return self.perf.iteration(loads, num_sampled).total_ms
 
     def prompts_ms(self):
         """Predicted time of the prompts alone."""
         if not self.fixed["prompts"]:
             return 0.0
-        load = self.perf.load(self.rows - self.decode_rows, **self.fixed | {"gpu_kv": 0})
-        return self.perf.iteration([load], [self.samples - self.decode_rows]).total
+        work = Work(self.num_rows - self.num_decodes, **self.fixed | {"gpu_kv": 0})
+        num_sampled = self.num_sampled - self.num_decodes
+        return self.perf.iteration([self.perf.load(work)], [num_sampled]).total_ms
 
-    def rate(self, n, b):
-        """Predicted tokens per ms."""
-        return (self.worth + n) / (self.ms(n, b) or 1.0)           # no rows at all: nothing
+    def tokens_per_ms(self, num_cpu, num_in_b):
+        return (self.tokens + num_cpu) / (self.ms(num_cpu, num_in_b) or 1.0)   # no rows: nothing
 
     def candidates(self, due):
-        """[(n, b)]: GPU rows alone; one sub-batch with 1/8, 2/8 ... 8/8 of the CPU decodes, or as many as hide behind
-        its GPU attention; two sub-batches."""
-        total, cover = len(self.cpu), self.a(0, 0).gpu
-        free = bisect_right(range(1, total + 1), cover, key=lambda m: self.perf.cpu_time(m, self.kv[m]))
-        out = {(max(due, n), 0) for n in (free, *(total * i // 8 for i in range(9)))}
+        """[(num_cpu, num_in_b)]: GPU rows alone; one sub-batch with 1/8, 2/8 ... 8/8 of the CPU
+        decodes, or as many as hide behind its GPU attention; two sub-batches."""
+        total, gpu_ms = len(self.cpu), self.load_a(0, 0).gpu_ms
+        hidden = bisect_right(range(1, total + 1), gpu_ms,
+                              key=lambda n: self.perf.cpu_time(n, self.kv[n]))
+        found = {(max(due, n), 0) for n in (hidden, *(total * i // 8 for i in range(9)))}
         if split := self._split(due):
-            out.add(split)
-        return sorted((n, b) for n, b in out if n or self.rows) or [(0, 0)]
+            found.add(split)
+        return sorted((n, in_b) for n, in_b in found if n or self.num_rows) or [(0, 0)]
 
     def _split(self, due):
-        """As many CPU decodes as stay hidden: B's behind A's GPU work, then A's behind B's. A few rounds settle it,
-        as each one's rows are the other's cover; an empty A counts as one row, which is how it starts to fill."""
-        total, b, n = len(self.cpu), 0, 0
+        """As many CPU decodes as stay hidden: B's behind A's GPU work, then A's behind B's.
+
+        A few rounds settle it, because the rows of each are the cover of the other. An empty A
+        counts as one row: that is how it starts to fill.
+        """
+        total, num_in_b, num_cpu = len(self.cpu), 0, 0
         for _ in range(3):
-            a = self.a(b, n) if self.rows + n - b else self.perf.load(1)
-            cover = a.linear + a.gpu
-            b = bisect_right(range(1, total + 1), cover, key=lambda m: self.perf.cpu_time(m, self.kv[m]))
-            cover = self.b(b).linear
-            n = b + bisect_right(range(b + 1, total + 1), cover,
-                                 key=lambda m: self.perf.cpu_time(m - b, self.kv[m] - self.kv[b]))
-        n = max(n, due)
-        b = min(max(b, due - (n - b)), n)
-        return (n, b) if b and self.rows + n - b else None
+            a = self.perf.load(Work(1))
+            if self.num_rows + num_cpu - num_in_b:
+                a = self.load_a(num_cpu, num_in_b)
+            num_in_b = bisect_right(range(1, total + 1), a.linear_ms + a.gpu_ms,
+                                    key=lambda n: self.perf.cpu_time(n, self.kv[n]))
+            num_cpu = num_in_b + self._hidden_behind_b(num_in_b)
+        num_cpu = max(num_cpu, due)
+        num_in_b = min(max(num_in_b, due - (num_cpu - num_in_b)), num_cpu)
+        return (num_cpu, num_in_b) if num_in_b and self.num_rows + num_cpu - num_in_b else None
+
+    def _hidden_behind_b(self, num_in_b):
+        """CPU decodes after the first num_in_b that B's linear layers hide."""
+        kv = self.kv
+        return bisect_right(
+            range(num_in_b + 1, len(kv)), self.load_b(num_in_b).linear_ms,
+            key=lambda n: self.perf.cpu_time(n - num_in_b, kv[n] - kv[num_in_b]))

@@ -1,0 +1,255 @@
+"""What is measured once, at start: the largest activations, and the profile of one layer.
+
+Made-up batches run through the code that serves. Knows no requests of users and no policy.
+"""
+import hashlib
+import json
+import math
+import os
+import statistics
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from kvcache import KVCache
+from perfmodel import load_profile, save_profile
+from plan import Batch
+from request import Request
+from scheduler import MAX_RUNNING
+from startup import CUDA_SHARE, GIB, device_name, fmt_gib
+
+GRAPH_BYTES = 256 << 20     # set aside for CUDA graphs: memory that torch does not count
+PROFILE_SECONDS = 8.0       # time for measuring the profile; what does not fit is left out
+PROFILE_VERSION = 5         # change it when what is measured changes
+PROFILE_DIR = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "neo"
+
+
+# ------------------------------------------------------------- what the GPU has room for
+
+def largest_sub_batches(budget, kv, padded):
+    """The SubBatches that take most memory.
+
+    The first has all prompt tokens of an iteration, in the longest prompts. The second has as many
+    decodes as may run, each over the longest sequence (all of them the same block's); a back end
+    that is not paged (`padded` is False) would gather those sequences, so it goes without.
+    """
+    whole, rest = divmod(budget.max_batch_tokens, budget.max_model_len)
+    lengths = whole * [budget.max_model_len] + [rest] * (rest > 0)
+    prompts = [made_up_request(kv, n, "gpu") for n in lengths]
+    if not whole:                                       # the last chunk of the longest prompt
+        prompts = [made_up_request(kv, budget.max_model_len, "gpu")]
+        prompts[0].num_scheduled, prompts[0].num_cached = rest, budget.max_model_len - rest
+    yield kv.bind(Batch(prompts))
+    for r in prompts:
+        kv.release(r.id)
+    if not padded:
+        return
+    decodes = [made_up_request(kv, 2, "gpu", decoding=True) for _ in range(MAX_RUNNING)]
+    b = kv.bind(Batch(gpu_decodes=decodes))
+    width = kv.table.shape[1]
+    yield replace(b, gpu_table=b.gpu_table.new_zeros(MAX_RUNNING, width),
+                  gpu_lens=b.gpu_lens.new_full((MAX_RUNNING,), width * budget.block_size))
+
+
+def made_up_request(kv, num_tokens, tier, decoding=False):
+    """A Request with blocks for num_tokens: a prompt, or one that decodes its last token."""
+    r = Request(("made up", len(kv.sequences)), [0] * num_tokens, 1, tier=tier,
+                num_scheduled=num_tokens)
+    if decoding:
+        r.prompt, r.output, r.num_cached = r.prompt[1:], [0], num_tokens - 1
+    kv.reserve(r.id, tier, num_tokens)
+    return r
+
+
+def measure_gpu_blocks(model, budget, gpu_mem, draw):
+    """KV blocks that the GPU has room for, beside the loaded weights and the largest activations.
+
+    The activations are measured on the largest sub-batches, with draw(logits) for the sampling.
+    gpu_mem  GiB that weights, activations and KV share; None: what is free, except a small reserve
+
+    Raises ValueError if not one block fits.
+    """
+    cuda, captures, peaks = torch.cuda, model.captures, []
+    cuda.empty_cache()
+    held = cuda.memory_allocated()
+    # however the prompts are cut, and one block for each decode
+    most_tokens = 2 * max(budget.max_batch_tokens, budget.max_model_len)
+    num_blocks = {"gpu": MAX_RUNNING + -(-most_tokens // budget.block_size), "cpu": 0}
+    # Two layers, because in the last layer only the sampled rows pass the FFN and the peak would
+    # be too low.
+    L, Hkv, D = model.kv_geometry
+    depth = min(2, L)
+    model.captures = None
+    try:
+        kv = KVCache((depth, Hkv, D), budget.block_size, num_blocks, budget.max_model_len,
+                     budget.kv_dtypes, model.device)
+        for b in largest_sub_batches(budget, kv, model.attn.padded):
+            cuda.empty_cache()
+            cuda.reset_peak_memory_stats()
+            start = cuda.memory_reserved()
+            draw(model.run([b], kv, depth)[0])
+            peaks.append(cuda.max_memory_reserved() - start)
+            del b
+        del kv
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"the {fmt_gib(held)} of weights fit, but not the activations of "
+                         f"{budget.max_batch_tokens} prompt tokens beside them ({error}): lower "
+                         "--max-batch-tokens, or take a smaller model") from None
+    finally:
+        model.captures = captures
+    cuda.empty_cache()
+    activations = max(peaks)
+    if captures:                                # captured decodes have a memory pool of their own
+        activations += peaks[-1] + GRAPH_BYTES
+    limit = math.inf if gpu_mem is None else gpu_mem * GIB - held
+    room = min(cuda.mem_get_info()[0] * CUDA_SHARE, limit) - activations
+    block_bytes = budget.block_bytes["gpu"]
+    if room < block_bytes:
+        raise ValueError(
+            f"{fmt_gib(held)} of weights and {fmt_gib(activations)} of activations, measured with "
+            f"{budget.max_batch_tokens} prompt tokens, leave {fmt_gib(max(room, 0))} of GPU "
+            f"memory: no KV block of {fmt_gib(block_bytes)} fits. Raise --gpu-mem, lower "
+            "--max-batch-tokens, or take a smaller model")
+    return int(room // block_bytes)
+
+
+# --------------------------------------------------------- warm-up and the measured profile
+
+def warm_up(model, kv):
+    """Run one layer of a prompt and of a decode in each tier, so that no request waits for kernels
+    to be compiled."""
+    for tier in ("gpu", "cpu"):
+        if kv.tiers[tier].num_blocks:
+            r = made_up_request(kv, 2, tier)
+            model.run([kv.bind(Batch([r]))], kv, 1)
+            r.prompt, r.output, r.num_cached = [0], [0], 1
+            model.run([kv.bind(Batch(**{f"{tier}_decodes": [r]}))], kv, 1)
+            kv.release(r.id)
+
+
+def profile_points(model, kv, budget, threads):
+    """perfmodel.Profile's points for this engine: from the cache if they were measured under the
+    same key, otherwise measured now.
+
+    threads  [cores that play the GPU, cores for CPU attention]
+    """
+    cfg = model.cfg
+    key = {"version": PROFILE_VERSION, "device": device_name(model.device),
+           "torch": torch.__version__, "dtype": str(model.dtype),
+           "kv_dtypes": [str(dtype) for dtype in budget.kv_dtypes.values()], "threads": threads,
+           "attention": model.describe_attention(budget.block_size),
+           "geometry": [cfg.n_layer, cfg.n_head, cfg.n_kv_head, cfg.head_dim, cfg.n_embd,
+                        cfg.n_ffn, cfg.vocab_size],
+           # roughly, because they bound what is measured
+           "tiers": [n.bit_length() for n in budget.num_blocks.values()],
+           "block_size": budget.block_size, "max_model_len": budget.max_model_len,
+           "max_batch_tokens": budget.max_batch_tokens}
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    path = PROFILE_DIR / f"profile-{digest}.json"
+    points = load_profile(path, key)
+    if points is None:
+        points = measure_profile(model, kv, budget)
+        save_profile(path, key, points)
+    return points
+
+
+class Deadline:
+    """Time that is left for measuring, and how long the last pass took."""
+
+    def __init__(self, seconds):
+        self.end, self.pass_seconds = time.perf_counter() + seconds, 0.0
+
+    def allows_point(self, reserve=0.0):
+        """Is there time for one more point, four passes like the last one, before the reserve?"""
+        return 4 * self.pass_seconds < self.end - time.perf_counter() - reserve
+
+
+def measure_profile(model, kv, budget):
+    """Time one layer's parts on made-up batches, through the code that serves -> Profile's points.
+
+    Layers are taken in turn, enough of them to exceed the caches. Points that would not fit in
+    PROFILE_SECONDS are left out.
+    """
+    bs, deadline = budget.block_size, Deadline(PROFILE_SECONDS)
+    gpu_tokens, cpu_tokens = (kv.tiers[tier].num_blocks * bs for tier in ("gpu", "cpu"))
+    points = {k: [] for k in ("linear", "lm_head", "prefill", "gpu_decode", "cpu_decode",
+                              "transfer")}
+    longest_prompt = min(budget.max_batch_tokens, budget.max_model_len, cpu_tokens)
+    prompts = [2 ** i for i in range(14) if 2 ** i <= longest_prompt]
+    longest = min(budget.max_model_len, 1024)
+    cpu_cases = [(n, part) for n in (1, 4, 16, 64) for part in (4, 1)]
+    gpu_cases = (1, 4), (1, 2), (1, 1), (8, 1), (64, 1), (256, 1)
+    num_points = len(prompts) + len(cpu_cases) + len(gpu_cases)
+    bar = tqdm(total=num_points, desc="profile of one layer", disable=None, leave=False)
+
+    def decode_length(num_requests, tokens_of_tier, part):
+        return min(longest, tokens_of_tier // bs // num_requests * bs) // part
+
+    for n in prompts:                                   # one prompt, stored to the CPU tier
+        if not deadline.allows_point(reserve=PROFILE_SECONDS / 3):
+            break                                       # the last slope goes on from here
+        ms = time_stages(model, kv, [made_up_request(kv, n, "cpu")], "prefill", deadline)
+        points["linear"].append([n, ms["linear"]])
+        points["prefill"].append([n, ms["attend"]])
+        points["transfer"].append([n * budget.token_bytes["cpu"], ms["cpu_attend"]])
+        bar.update()
+    for n, part in cpu_cases:                           # n decodes of equal length
+        length = decode_length(n, cpu_tokens, part)
+        if length >= 2 and (n <= 4 or deadline.allows_point()):
+            decodes = [made_up_request(kv, length, "cpu", decoding=True) for _ in range(n)]
+            ms = time_stages(model, kv, decodes, "cpu_decodes", deadline)
+            points["cpu_decode"].append([n, n * length, ms["cpu_attend"]])
+            points["lm_head"].append([n, ms["lm_head"]])
+        bar.update()
+    for n, part in gpu_cases:                           # n decodes over 1/part of the GPU tier
+        length = decode_length(n, gpu_tokens, part)
+        if length >= 2 and (n == 1 or deadline.allows_point()):
+            decodes = [made_up_request(kv, length, "gpu", decoding=True) for _ in range(n)]
+            ms = time_stages(model, kv, decodes, "gpu_decodes", deadline)
+            points["gpu_decode"].append([n * length, ms["attend"]])
+        bar.update()
+    bar.close()
+    return points
+
+
+def time_stages(model, kv, requests, kind, deadline):
+    """Median ms per layer of each stage, and of what an iteration does once ("lm_head").
+
+    kind  the field of a Batch that the requests go to. They are released at the end.
+    """
+    L = len(model.layers)
+    layer_bytes = model.cfg.num_params * model.dtype.itemsize / L
+    depth = int(min(L, max(3, -(-100e6 // layer_bytes))))
+    times = {"linear": [], "attend": [], "cpu_attend": [], "lm_head": []}
+    b = kv.bind(Batch(**{kind: requests}))
+    for repeat in range(4):
+        start = time.perf_counter()
+        model.run([b], kv, depth)
+        spans = model.spans                             # waits for the GPU
+        deadline.pass_seconds = time.perf_counter() - start
+        if repeat == 0 and (deadline.pass_seconds < 0.5 or kind != "prefill"):
+            continue                # warm-up; for decodes also the first touch of their KV
+        ms = Counter()
+        for span in spans:
+            ms[counted_as(span), span.layer] += 1e3 * (span.end - span.start)
+        once = ms.pop(("linear", 0)) + ms.pop(("linear", L))    # one layer, and the head
+        for (stage, _), value in ms.items():
+            times[stage].append(value)
+        times["lm_head"].append(max(once - statistics.median(times["linear"]), 0.0))
+        if deadline.pass_seconds > 0.1:
+            break                                       # a slow pass is not repeated
+    for r in requests:
+        kv.release(r.id)
+    return {stage: statistics.median(values) for stage, values in times.items() if values}
+
+
+def counted_as(span):
+    """Emulated GPU: the worker thread makes the copies, so their time counts as linear. CUDA: a
+    copy engine makes them, so it counts as time of the CPU rows."""
+    if span.lane == "copy":
+        return "cpu_attend"
+    return "linear" if span.stage in ("send", "receive") else span.stage

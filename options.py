@@ -1,0 +1,117 @@
+"""Every option of the engine, once: name, default, unit and help text.
+
+One `Options` gives LLM its keyword arguments, the three doors (neo.py, bench.py, serve.py) their
+flags, and `startup.plan_budget` what the memory budget is computed from. To add an option, add a
+field here and use it where it matters. Knows nothing of torch, models or strategies.
+"""
+import argparse
+import sys
+from dataclasses import dataclass, field, fields
+
+from perfmodel import TESTBEDS, find_testbed
+
+
+def option(default, kind, help, unit=None):
+    """A dataclass field with what its command-line flag needs; kind: str, int, float or bool."""
+    return field(default=default, metadata={"kind": kind, "help": help, "unit": unit})
+
+
+@dataclass
+class Options:
+    """How an engine is set up. None means: decided at start, from the model and the machine."""
+    model: str
+    strategy: str = option("neo", str, "gpu-only, serial, symmetric, neo, or one of your own")
+    device: str = option("auto", str, "auto, cuda, or cpu (a worker thread plays the GPU)")
+    dtype: str = option("auto", str, "of weights, activations and KV: auto, bf16, fp16, fp32")
+    gpu_mem: float = option(
+        None, float, "memory of the whole GPU: weights, activations and KV", "GIB")
+    gpu_blocks: int = option(None, int, "KV blocks of the GPU tier; overrides --gpu-mem", "N")
+    cpu_mem: float = option(None, float, "memory of the KV cache's CPU tier", "GIB")
+    block_size: int = option(None, int, "tokens per KV block (default 16)", "N")
+    max_model_len: int = option(
+        None, int, "longest prompt + output, in tokens (default: what model and cache allow, "
+        "at most 8192)", "N")
+    max_batch_tokens: int = option(
+        None, int, "prompt tokens per iteration (default 2048); longer prompts are prefilled "
+        "in chunks", "N")
+    gpu_threads: int = option(None, int, "cores of the emulated GPU", "N")
+    cpu_threads: int = option(None, int, "cores for CPU attention", "N")
+    simulate: object = option(
+        None, str, f"run on a virtual clock instead: {', '.join(TESTBEDS)}", "TESTBED")
+    seed: int = option(0, int, "of random weights, and of requests that bring none", "N")
+    gpu_attn: str = option(
+        "auto", str, "attention on the GPU tier: auto, or a back end of gpu_attn.py "
+        "(torch, numba, triton)")
+    eager: bool = option(False, bool, "launch every GPU kernel by itself: no CUDA graphs")
+
+    @classmethod
+    def of(cls, model, strategy, given):
+        """LLM's arguments -> Options. Raises TypeError on a keyword that is no option."""
+        known = [f.name for f in fields(cls)]
+        if unknown := [name for name in given if name not in known]:
+            raise TypeError(f"LLM has no option {unknown[0]!r}: the options are {', '.join(known)}")
+        return cls(model, strategy, **given)
+
+
+# ------------------------------------------------------------------------------ command line
+
+MOVED = {  # a flag of earlier versions -> what to write now
+    "--figure": "python -m lab.figures NAME",
+    "--rates": "python -m lab.load_latency --rates R,R",
+    "--at-latency": "python -m lab.load_latency --at-latency S",
+    "--goodput": "python -m lab.load_latency --goodput KEY:MS",
+    "--replay": "python -m lab.load_latency --replay",
+    "--speed": "python -m lab.load_latency --replay --speed X",
+    "--card": "python -m lab.gpu_limits ceilings",
+    **{f"--{f.name.replace('_', '-')}": f"--testbed {f.name}=X"
+       for f in fields(next(iter(TESTBEDS.values())))[2:]},
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that takes no abbreviations and says where flags of earlier versions went."""
+
+    def __init__(self, description, **kwargs):
+        super().__init__(description=description, allow_abbrev=False, **kwargs)
+
+    def parse_args(self, argv=None):
+        argv = sys.argv[1:] if argv is None else argv
+        for flag in (arg.partition("=")[0] for arg in argv):
+            if flag in MOVED and flag not in self._option_string_actions:
+                self.error(f"{flag} is no flag of this command any more. Now: {MOVED[flag]}")
+        return super().parse_args(argv)
+
+
+def add_engine_flags(parser, leave_out=()):
+    """Give a parser one flag per engine option, but for the model and those left out."""
+    for f in fields(Options)[1:]:
+        if f.name in leave_out:
+            continue
+        flag, kind = f"--{f.name.replace('_', '-')}", f.metadata["kind"]
+        if kind is bool:
+            parser.add_argument(flag, action="store_true", help=f.metadata["help"])
+        else:
+            parser.add_argument(flag, type=kind, default=f.default, metavar=f.metadata["unit"],
+                                help=f.metadata["help"])
+    if "simulate" not in leave_out:
+        parser.add_argument("--testbed", action="append", default=[], metavar="NUMBER=X",
+                            help="a number of the simulated testbed, in place of the preset's, "
+                            "such as cpu_bw=60 (names and units: perfmodel.Testbed)")
+
+
+def engine_options(args):
+    """Parsed flags -> LLM's keyword arguments, but for model and strategy.
+
+    The numbers of --testbed are folded into `simulate`. Raises ValueError on an unknown testbed
+    or number.
+    """
+    given = {f.name: getattr(args, f.name) for f in fields(Options)[2:] if hasattr(args, f.name)}
+    numbers = dict(number.partition("=")[::2] for number in getattr(args, "testbed", []))
+    if numbers and not args.simulate:
+        raise ValueError(f"--testbed {next(iter(numbers))} changes a simulated testbed: "
+                         "add --simulate TESTBED")
+    if given.get("simulate") == "self":
+        raise ValueError("--simulate self is now: python -m lab.simulator_check")
+    if given.get("simulate"):
+        given["simulate"] = find_testbed(args.simulate, **numbers)
+    return given

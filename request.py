@@ -1,0 +1,109 @@
+"""One prompt on its way: what its user asked, what the scheduler keeps, what the user sees.
+
+Knows no torch, no tiers' memory and no policy.
+"""
+import random
+from dataclasses import dataclass, field
+
+
+@dataclass(eq=False, repr=False)
+class Request:
+    """One prompt on its way. The first five fields are set by whoever adds it."""
+    id: object
+    prompt: list                       # token ids
+    max_tokens: int
+    stop_ids: frozenset = frozenset()  # token ids that end it
+    exact_length: bool = False         # it will produce exactly max_tokens (ignore_eos)
+    # the scheduler sets the rest
+    output: list = field(default_factory=list)  # token ids so far; Scheduler.commit appends
+    arrival: int = 0                   # order of arrival
+    tier: str = None                   # "gpu" or "cpu" while its KV lies there
+    num_cached: int = 0                # tokens in the cache: 0, then chunks, then all but the last
+    num_scheduled: int = 0             # prompt tokens to prefill in this iteration
+    num_blocks: int = 0                # blocks counted for it
+    last_run: int = 0                  # iteration in which it last got a token or a chunk
+    finish_reason: str = None          # "stop", "length" or "abort"
+
+    def __repr__(self):
+        return (f"request {self.id!r} ({len(self.prompt)} + {len(self.output)} tokens, "
+                f"tier {self.tier}, {self.num_cached} cached)")
+
+    @property
+    def num_tokens(self):
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def is_decoding(self):
+        """Its prefill is over: each iteration that it is part of gives it one token."""
+        return bool(self.output) and self.num_cached == self.num_tokens - 1
+
+    @property
+    def ends_prefill(self):
+        """This iteration completes its prefill, so it gets a token."""
+        return self.num_cached + self.num_scheduled == self.num_tokens
+
+    def tokens(self, start, end):
+        """Tokens to prefill. After a preemption the output is computed again with the prompt."""
+        if end > len(self.prompt):
+            return (self.prompt + self.output)[start:end]
+        return self.prompt[start:end]
+
+
+@dataclass
+class SamplingParams:
+    """How to continue one prompt. Raises ValueError on values out of range."""
+    max_tokens: int = 16
+    temperature: float = 0.0       # 0: greedy
+    top_p: float = 1.0             # keep the likeliest tokens up to this probability
+    top_k: int = 0                 # keep this number of the likeliest tokens; 0: all
+    seed: int = None               # None: drawn from the engine's seed and the request's number
+    ignore_eos: bool = False       # always produce max_tokens
+    stop: list = None              # strings that end the text (one or a list); not part of it
+    logprobs: bool = False         # also the log-probability of every token
+
+    def __post_init__(self):
+        self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+        temperature_ok = self.temperature == 0 or 1e-4 <= self.temperature <= 1e4
+        for name, ok, limits in (
+                ("max_tokens", self.max_tokens >= 1, "1 or more"),
+                ("temperature", temperature_ok, "0, or from 0.0001 to 10000"),
+                ("top_p", 1e-6 <= self.top_p <= 1, "from 0.000001 to 1"),
+                ("top_k", 0 <= self.top_k < 2 ** 31, "0 or more, below 2^31"),
+                ("stop", all(self.stop), "strings that are not empty")):
+            if not ok:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: must be {limits}")
+
+
+@dataclass
+class RequestOutput:
+    """A request as its user sees it. Its tokens and its end are those of its Request."""
+    request: Request = field(repr=False)
+    params: SamplingParams
+    text: str = ""                 # grows by whole characters; empty without a tokenizer
+    logprobs: list = field(default_factory=list)            # natural; empty unless asked for
+    rng: random.Random = field(default=None, repr=False)    # its own, if it samples
+    decoder: object = field(default=None, repr=False)       # tokens -> text, with a tokenizer
+
+    @property
+    def request_id(self):
+        return self.request.id
+
+    @property
+    def prompt_token_ids(self):
+        return self.request.prompt
+
+    @property
+    def token_ids(self):
+        """Grows with every token (Scheduler.commit appends them); an end-of-text id is the last."""
+        return self.request.output
+
+    @property
+    def finish_reason(self):
+        """"stop", "length" or "abort" once finished, before that None."""
+        return self.request.finish_reason
+
+    def settled_text(self):
+        """The text that cannot change any more: its end may yet turn out to begin a stop string."""
+        if self.finish_reason:
+            return self.text
+        return self.text[:len(self.text) - max(map(len, self.params.stop), default=1) + 1]
