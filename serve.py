@@ -2,11 +2,11 @@
 
     python serve.py --model PATH [--port 8000]
     curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" \\
-         -d '{"model": "PATH", "prompt": "The capital of France is", "max_tokens": 16, "stream": true}'
+         -d '{"model": "PATH", "prompt": "The capital of France is", "stream": true}'
 
-The engine's loop runs in one thread of its own (door.py), HTTP in another. Knows nothing of the engine beyond LLM.
+The engine runs in a thread of its own (server/engine_thread.py). Refuses to know how a step
+works. Test: pytest server
 """
-import argparse
 import asyncio
 import contextlib
 import hmac
@@ -14,8 +14,6 @@ import json
 import signal
 import socket
 import sys
-import time
-import uuid
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -24,210 +22,251 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from checkpoint import load_chat_template
-from door import Door, Piece, Refused
-from neo import LLM, STRATEGIES, add_engine_args, engine_args
-from protocol import Chat, Completion, choice, problem, said_error, usage
+from neo import LLM
+from options import Parser, add_engine_flags, engine_options
+from server.chat_template import load_chat_template
+from server.engine_thread import EngineThread, Refused
+from server.protocol import Chat, Completion, Reply, error_json, error_response
 
 
-class Limits:
-    """ASGI middleware: the API key, and a bound on the size of a body, before anybody reads either."""
+class Guard:
+    """ASGI middleware: asks for the API key, and refuses a body of more than max_body bytes."""
 
     def __init__(self, app, api_key, max_body):
-        self.app, self.max_body, self.key = app, max_body, api_key and f"Bearer {api_key}".encode()
+        self.app, self.max_body = app, max_body
+        self.wanted = api_key and f"Bearer {api_key}".encode()
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        headers, size = dict(scope["headers"]), 0
-        given = headers.get(b"authorization", b"")
-        if self.key and scope["path"].startswith("/v1/") and not hmac.compare_digest(given, self.key):
-            return await problem(401, "missing or wrong API key", "invalid_api_key")(scope, receive, send)
+        sent = dict(scope["headers"]).get(b"authorization", b"")
+        if (self.wanted and scope["path"].startswith("/v1/")
+                and not hmac.compare_digest(sent, self.wanted)):
+            refuse = error_response(401, "missing or wrong API key", "invalid_api_key")
+            return await refuse(scope, receive, send)
+        num_bytes = 0
 
-        async def bounded():
-            nonlocal size
+        async def receive_bounded():
+            nonlocal num_bytes
             message = await receive()
-            size += len(message.get("body", b""))
-            if size > self.max_body:
-                raise HTTPException(413, f"the body is larger than {self.max_body} bytes (--max-body)")
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self.max_body:
+                raise HTTPException(
+                    413, f"the body is larger than {self.max_body} bytes (--max-body)")
             return message
-        await self.app(scope, bounded, send)
+        await self.app(scope, receive_bounded, send)
 
 
-def make_app(llm, door, template=None, api_key=None, max_body=1 << 22):
-    """The FastAPI application on a running Door. template: chat messages -> prompt token ids, or None."""
-    app = FastAPI(title="NEO")
-    app.add_middleware(Limits, api_key=api_key, max_body=max_body)
-    app.exception_handler(HTTPException)(lambda request, e: problem(e.status_code, e.detail))
+class Routes:
+    """What the server answers, for one LLM that an EngineThread steps.
 
-    @app.exception_handler(RequestValidationError)
-    def invalid(request, error):
-        first = error.errors()[0]
-        return problem(400, f"{'.'.join(map(str, first['loc'][1:])) or 'body'}: {first['msg']}")
+    template  chat messages -> prompt token ids (see server/chat_template.py), or None
+    """
 
-    async def answer(http, kind, body, make_prompts, logprobs):
-        """Both endpoints: check, hand to the engine, stream or collect."""
+    def __init__(self, llm, engine, template=None):
+        self.llm, self.engine, self.template = llm, engine, template
+        self.model = {"id": llm.name, "object": "model", "created": 0, "owned_by": "neo",
+                      "max_model_len": llm.max_request_len}
+
+    def app(self, api_key=None, max_body=1 << 22):
+        """The FastAPI application. api_key: None asks for none; max_body: bytes."""
+        app = FastAPI(title="NEO")
+        app.add_middleware(Guard, api_key=api_key, max_body=max_body)
+        app.add_exception_handler(
+            HTTPException, lambda request, error: error_response(error.status_code, error.detail))
+        app.add_exception_handler(RequestValidationError, invalid_body)
+        app.post("/v1/completions")(self.completions)
+        app.post("/v1/chat/completions")(self.chat)
+        app.get("/v1/models")(self.models)
+        app.get("/v1/models/{name:path}")(self.one_model)
+        app.get("/health")(self.health)
+        app.get("/metrics")(self.metrics)
+        return app
+
+    # Routes have no docstrings: FastAPI would publish them under /docs.
+    async def completions(self, body: Completion, http: Request):
+        return await self.answer(http, body, body.prompts)
+
+    async def chat(self, body: Chat, http: Request):
+        if self.template is None:
+            return error_response(
+                400, f"{self.llm.name} comes without a chat template: use /v1/completions")
+        if body.max_completion_tokens is not None:
+            body.max_tokens = body.max_completion_tokens
+        elif body.max_tokens is None:       # as long as it fits: OpenAI's chat has no limit either
+            body.max_tokens = self.llm.max_request_len
+
+        def prompts():
+            return [self.template([{"role": message.role, "content": message.text()}
+                                   for message in body.messages])]
+        return await self.answer(http, body, prompts)
+
+    async def answer(self, http, body, prompts):
+        """Both POST routes: check the body, give prompts() to the engine, stream or collect."""
+        def token_ids():                # runs in a thread, as it would block the event loop
+            return [self.llm.check_prompt(prompt, params) for prompt in prompts()]
+
         try:
-            if body.model != llm.name:
-                raise ValueError(f"unknown model {body.model!r}: this server has {llm.name!r}")
-            params = body.params(logprobs)
-            ids = await run_in_threadpool(lambda: [llm.check(p, params) for p in make_prompts()])
-            stream = door.submit(ids, params, bool(body.stream))
+            if body.model != self.llm.name:
+                raise ValueError(self.unknown(body.model))
+            params = body.params()
+            ids = await run_in_threadpool(token_ids)
+            stream = self.engine.submit(ids, params, bool(body.stream))
         except Refused as refusal:
-            return problem(refusal.status, refusal, headers=refusal.headers)
+            return error_response(refusal.status, refusal, headers=refusal.headers)
         except ValueError as error:
-            return problem(400, error)
-        head = {"id": f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{uuid.uuid4().hex}", "created": int(time.time()),
-                "model": llm.name}
-        name = "chat.completion" if kind == "chat" else "text_completion"
+            return error_response(400, error)
+        reply = Reply(body, self.llm.tokenizer)
         if body.stream:
-            head["object"] = name + ".chunk" if kind == "chat" else name
-            with_usage = bool(body.stream_options and body.stream_options.include_usage)
-            return StreamingResponse(events(stream, kind, head, logprobs, with_usage), media_type="text/event-stream")
-        collecting, gone = asyncio.ensure_future(collect(stream)), asyncio.ensure_future(disconnected(http))
+            return StreamingResponse(self.events(stream, reply), media_type="text/event-stream")
+        leaving = asyncio.create_task(self.drop_if_client_leaves(stream, http))
         try:
-            await asyncio.wait((collecting, gone), return_when=asyncio.FIRST_COMPLETED)
+            async for _ in stream:
+                pass
         finally:
-            gone.cancel()
-            if not collecting.done():
-                collecting.cancel()
-                stream.close()
-        if not collecting.done():
-            return PlainTextResponse("", 499)                                          # nobody is there to read it
+            leaving.cancel()
+            self.engine.drop(stream)
+        if leaving.done():
+            return PlainTextResponse("", 499)       # nobody reads it
         if stream.error:
-            return problem(503, stream.error)
-        whole = (Piece(i, o.text, o.token_ids, o.logprobs, o.finish_reason) for i, o in enumerate(stream.outs))
-        choices = [choice(kind, piece, names(piece) if logprobs else None, False) for piece in whole]
-        return JSONResponse(head | {"object": name, "choices": choices, "usage": usage(stream.outs)})
+            return error_response(503, stream.error)
+        return JSONResponse(reply.whole(stream.outs))
 
-    def names(piece):
-        return [llm.tokenizer.decode([t]) if llm.tokenizer else str(t) for t in piece.token_ids]
-
-    async def disconnected(http):
+    async def drop_if_client_leaves(self, stream, http):
         while (await http.receive())["type"] != "http.disconnect":
             pass
+        self.engine.drop(stream)
 
-    async def collect(stream):
-        async for _ in stream:
-            pass
-
-    async def events(stream, kind, head, logprobs, with_usage):
-        line = lambda data: f"data: {json.dumps(data)}\n\n"
+    async def events(self, stream, reply):
+        """The server-sent events of a Stream."""
+        def event(data):
+            return f"data: {json.dumps(data)}\n\n"
         try:
-            begun = set()
-            async for piece in stream:
-                said = choice(kind, piece, names(piece) if logprobs else None, True, piece.index not in begun)
-                yield line(head | {"choices": [said]})
-                begun.add(piece.index)
+            async for delta in stream:
+                yield event(reply.chunk(delta))
             if stream.error:
-                yield line(said_error(503, stream.error))
-            elif with_usage:
-                yield line(head | {"choices": [], "usage": usage(stream.outs)})
+                yield event(error_json(503, stream.error))
+            elif reply.wants_usage:
+                yield event(reply.usage_chunk(stream.outs))
             yield "data: [DONE]\n\n"
         finally:
-            stream.close()
+            self.engine.drop(stream)
 
-    @app.post("/v1/completions")
-    async def completions(body: Completion, http: Request):
-        return await answer(http, "text", body, body.prompts, body.logprobs is not None)
+    def models(self):
+        return {"object": "list", "data": [self.model]}
 
-    @app.post("/v1/chat/completions")
-    async def chat(body: Chat, http: Request):
-        if template is None:
-            return problem(400, f"{llm.name} comes without a chat template: use /v1/completions")
-        asked = (body.max_completion_tokens, body.max_tokens, llm.max_request_len)     # by default to the end, as OpenAI's chat
-        body.max_tokens = next(n for n in asked if n is not None)
-        prompts = lambda: [template([{"role": m.role, "content": m.text()} for m in body.messages])]
-        return await answer(http, "chat", body, prompts, bool(body.logprobs))
+    def one_model(self, name: str):
+        return self.model if name == self.llm.name else error_response(404, self.unknown(name))
 
-    model = {"id": llm.name, "object": "model", "created": 0, "owned_by": "neo", "max_model_len": llm.max_request_len}
+    def unknown(self, name):
+        return f"unknown model {name!r}: this server has {self.llm.name!r}"
 
-    @app.get("/v1/models")
-    def models():
-        return {"object": "list", "data": [model]}
+    def health(self):
+        error = self.engine.health_error()
+        return error_response(503, error) if error else {"status": "ok"}
 
-    @app.get("/v1/models/{name:path}")
-    def one_model(name: str):
-        return model if name == llm.name else problem(404, f"unknown model {name!r}: this server has {llm.name!r}")
+    def metrics(self):
+        text = self.engine.metrics.text()
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
-    @app.get("/health")
-    def health():
-        illness = door.illness()
-        return problem(503, illness) if illness else {"status": "ok"}
 
-    @app.get("/metrics")
-    def metrics():
-        return PlainTextResponse(door.meters.text(), media_type="text/plain; version=0.0.4")
-
-    return app
+def invalid_body(request, error):
+    """Answers with the first fault that pydantic found."""
+    first = error.errors()[0]
+    field = ".".join(map(str, first["loc"][1:])) or "body"
+    return error_response(400, f"{field}: {first['msg']}")
 
 
 class Server(uvicorn.Server):
-    """uvicorn that on SIGTERM or Ctrl-C stops accepting, gives requests a grace time, and leaves with 0; at the second
-    signal at once."""
+    """uvicorn, but on SIGTERM or Ctrl-C it takes no more requests, gives those in flight `grace`
+    seconds and exits with 0. A second signal ends them at once."""
 
-    def __init__(self, config, door, grace):
+    def __init__(self, config, engine, grace):
         super().__init__(config)
-        self.door, self.grace = door, grace
+        self.engine, self.grace = engine, grace
 
     @contextlib.contextmanager
     def capture_signals(self):
         loop = asyncio.get_running_loop()
 
         def leave():
-            if self.should_exit:
-                self.door.abort_all()
-                self.force_exit = True
-            else:
-                self.door.close()
-                loop.call_later(self.grace, self.door.abort_all)
-                self.should_exit = True
-        for s in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(s, leave)
+            self.force_exit = self.should_exit      # at the second signal
+            self.should_exit = True
+            self.engine.close(abort=self.force_exit)
+            loop.call_later(self.grace, self.engine.close, True)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, leave)
         yield
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description="Serve a model through OpenAI's HTTP interface.", allow_abbrev=False)
-    parser.add_argument("--model", required=True, help="checkpoint folder, or a preset (random weights)")
-    parser.add_argument("--strategy", default="neo", help=", ".join(STRATEGIES))
-    parser.add_argument("--host", default="127.0.0.1", help="address to bind (default: this machine only)")
+# ------------------------------------------------------------------------------ command line
+
+RANGES = {"max_queue": (1, 10**9), "max_body": (1, 10**12), "buffer": (1, 10**9),
+          "grace": (0, 10**6), "port": (0, 65535)}
+
+
+def parse_args(argv):
+    """The flags. Raises ValueError on values that cannot work."""
+    parser = Parser("Serve a model through OpenAI's HTTP interface.")
+    parser.add_argument("--model", required=True,
+                        help="checkpoint folder, or a preset (random weights)")
+    parser.add_argument("--host", default="127.0.0.1",
+                        help="address to bind (default: this machine only)")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--api-key", metavar="KEY", help="ask clients for this key")
-    parser.add_argument("--max-queue", type=int, default=256, metavar="N", help="requests that may wait; more get HTTP 429")
-    parser.add_argument("--max-body", type=int, default=1 << 22, metavar="BYTES", help="of a request; larger ones get HTTP 413")
+    parser.add_argument("--max-queue", type=int, default=256, metavar="N",
+                        help="requests that may wait; more get HTTP 429")
+    parser.add_argument("--max-body", type=int, default=1 << 22, metavar="BYTES",
+                        help="of a request; larger ones get HTTP 413")
     parser.add_argument("--buffer", type=int, default=1024, metavar="N",
                         help="tokens a client may fall behind before its request is aborted")
     parser.add_argument("--grace", type=float, default=30.0, metavar="S",
                         help="seconds that requests in flight get when the server leaves")
-    add_engine_args(parser)
+    add_engine_flags(parser, leave_out=("simulate",))
     args = parser.parse_args(argv)
+    for name, (lowest, highest) in RANGES.items():
+        value = getattr(args, name)
+        if not lowest <= value <= highest:      # so that NaN is refused, too
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} {value}: must be from {lowest} to {highest}")
+    if args.api_key == "":
+        raise ValueError("--api-key is empty: give a key, or leave the flag out to ask for none")
+    return args
+
+
+def listen(host, port):
+    """A listening socket. Raises ValueError if it cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        for name, least, most in (("max_queue", 1, 10 ** 9), ("max_body", 1, 10 ** 12), ("buffer", 1, 10 ** 9),
-                                  ("grace", 0, 10 ** 6), ("port", 0, 65535)):
-            if not least <= getattr(args, name) <= most:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from {least} to {most}")
-        if args.api_key == "":
-            raise ValueError("--api-key is empty: give a key, or leave the flag out to ask for none")
-        try:                                                                           # now, not after minutes of loading
-            listening = socket.create_server((args.host, args.port), family=socket.AF_INET6 if ":" in args.host else socket.AF_INET)
-        except OSError as error:
-            raise ValueError(f"cannot listen on {args.host}, port {args.port} ({error}): choose another with --port") from None
-        llm = LLM(args.model, args.strategy, **engine_args(args))
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise ValueError(f"cannot listen on {host}, port {port} ({error}): "
+                         "choose another with --port") from None
+
+
+def main(argv=None):
+    try:
+        args = parse_args(argv)
+        listener = listen(args.host, args.port)     # before loading, which may take minutes
+        llm = LLM(args.model, args.strategy, **engine_options(args))
         template = load_chat_template(llm.name, llm.tokenizer)
     except ValueError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted before the first request")
     print(llm.describe(), file=sys.stderr)
-    door = Door(llm, args.max_queue, args.buffer)
-    config = uvicorn.Config(make_app(llm, door, template, args.api_key, args.max_body), log_level="warning",
-                            timeout_graceful_shutdown=int(args.grace) + 10)            # an iteration may take a while to end
-    print(f"serving    http://{args.host}:{listening.getsockname()[1]}/v1", file=sys.stderr, flush=True)
-    Server(config, door, args.grace).run([listening])
-    signal.signal(signal.SIGTERM, signal.SIG_IGN), signal.signal(signal.SIGINT, signal.SIG_IGN)
-    door.abort_all()
-    door.join()
+    engine = EngineThread(llm, args.max_queue, args.buffer)
+    app = Routes(llm, engine, template).app(args.api_key, args.max_body)
+    # 10 s more than `grace`, because aborted requests end only with the present iteration.
+    config = uvicorn.Config(app, log_level="warning",
+                            timeout_graceful_shutdown=int(args.grace) + 10)
+    print(f"serving    http://{args.host}:{listener.getsockname()[1]}/v1", file=sys.stderr,
+          flush=True)
+    Server(config, engine, args.grace).run([listener])
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    engine.close(abort=True)
+    engine.join()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,247 @@
+"""The engine's thread: HTTP hands requests in, the thread steps the LLM and hands text out.
+
+    HTTP's event loop   submit -> inbox           async for delta in stream     drop -> dropped
+                                    |                       ^                              |
+    engine's thread              enter -> llm.step() -> deliver -----------------------> abort
+
+Only the engine's thread changes the LLM. It never waits for a reader: a stream that falls too far
+behind is aborted. It sleeps while nothing is in flight. Refuses to know JSON, routes and how a
+step works. Test: pytest server
+"""
+import asyncio
+import math
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from server.metrics import Metrics
+
+LEAVING = "the server is shutting down"
+MAX_FAILURES = 3            # steps that fail in a row: then the engine ends
+UNHEALTHY_SECONDS = 10.0    # /health reports a failed step so long, or until a step succeeds
+
+
+class Refused(Exception):
+    """The engine takes no call now. Carries the HTTP status and headers of the answer."""
+
+    def __init__(self, status, message, headers=None):
+        super().__init__(message)
+        self.status, self.headers = status, headers
+
+
+class Delta(NamedTuple):
+    """What one iteration added to one prompt's output; or, at the end, all of the output."""
+    index: int                  # of the prompt in its call
+    text: str
+    token_ids: list
+    logprobs: list              # of token_ids; empty unless the client asks for them
+    finish_reason: str          # None before the end
+
+
+class Stream:
+    """The outputs of one call: `async for delta in stream`, in the event loop.
+
+    Afterwards `outs` holds a RequestOutput per prompt; `error` says why it was cut off, or None.
+    """
+
+    def __init__(self, num_prompts, max_behind):
+        self.started = time.perf_counter()
+        self.max_behind = max_behind        # Deltas that may wait for the reader
+        self.events = asyncio.Queue()       # Deltas; None at the end
+        # What follows is set by the engine's thread.
+        self.num_open = num_prompts         # prompts that are not finished
+        self.outs, self.error = [None] * num_prompts, None
+
+    async def __aiter__(self):
+        while (delta := await self.events.get()) is not None:
+            yield delta
+
+
+@dataclass
+class Progress:
+    """How much of one prompt's output is in its Stream."""
+    stream: Stream
+    index: int
+    num_chars: int = 0
+    num_tokens: int = 0
+    first_token_at: float = None    # time.perf_counter
+
+    def advance(self, out):
+        """RequestOutput -> the Delta that is new in it."""
+        text, start = out.settled_text(), self.num_tokens
+        delta = Delta(self.index, text[self.num_chars:], out.token_ids[start:],
+                      out.logprobs[start:], out.finish_reason)
+        self.num_chars, self.num_tokens = len(text), len(out.token_ids)
+        return delta
+
+
+class EngineThread(threading.Thread):
+    """A running thread that steps an LLM for callers in one event loop.
+
+    max_queue  requests that may wait for their prefill
+    buffer     tokens that the reader of a streamed prompt may fall behind
+    """
+
+    def __init__(self, llm, max_queue=256, buffer=1024):
+        super().__init__(name="engine", daemon=True)
+        self.llm, self.max_queue, self.buffer = llm, max_queue, buffer
+        self.metrics = Metrics(llm)
+        self.in_flight = {}             # request id -> Progress
+        self.loop = None                # the event loop; set by submit()
+        self.changed = threading.Condition()    # guards the next four
+        self.inbox = []                 # (Stream, prompts, params) that the LLM has not got yet
+        self.dropped = []               # Streams that nobody reads
+        self.closing = False            # take no more requests
+        self.aborting = False           # and end those in flight
+        self.num_failures = 0           # steps that failed in a row
+        self.failure = None             # why the last step failed
+        self.failed_at = 0.0            # time.perf_counter
+        self.dead = False               # an error ended the thread
+        self.start()
+
+    # ---- called by other threads
+
+    def submit(self, prompts, params, streamed=True):
+        """Queue one call's prompts (token ids that check_prompt accepted). Returns their Stream.
+
+        A Stream that is not streamed is read only at its end, and so may fall behind. Raises
+        Refused if the queue is full or the engine has ended, ValueError if the call is longer
+        than the queue.
+        """
+        if len(prompts) > self.max_queue:
+            raise ValueError(f"{len(prompts)} prompts in one call: at most {self.max_queue} "
+                             "may wait here (--max-queue)")
+        with self.changed:
+            if self.dead or self.closing:
+                raise Refused(503, self.failure or LEAVING)
+            waiting = len(self.llm.scheduler.waiting) + sum(len(call[1]) for call in self.inbox)
+            if waiting + len(prompts) > self.max_queue:
+                raise Refused(429, f"{waiting} requests are waiting, of at most "
+                              f"{self.max_queue}: try again later", {"Retry-After": "1"})
+            self.loop = asyncio.get_running_loop()
+            max_behind = self.buffer * len(prompts) if streamed else math.inf
+            stream = Stream(len(prompts), max_behind)
+            self.inbox.append((stream, prompts, params))
+            self.changed.notify()
+        return stream
+
+    def drop(self, stream):
+        """Abort what is not finished of a Stream: nobody reads it any more."""
+        with self.changed:
+            if stream.num_open:
+                self.dropped.append(stream)
+                self.changed.notify()
+
+    def close(self, abort=False):
+        """Take no more requests; the thread ends with the last one. abort: end them now."""
+        with self.changed:
+            self.closing = True
+            self.aborting |= abort
+            self.changed.notify()
+
+    def health_error(self):
+        """The reason why /health should return 503, or None."""
+        recent = time.perf_counter() - self.failed_at < UNHEALTHY_SECONDS
+        return self.failure if self.dead or recent else None
+
+    # ---- the thread itself
+
+    def run(self):
+        try:
+            while self._enter_and_abort():
+                self._step()
+        except BaseException as error:      # of any kind: no reader may be left waiting
+            with self.changed:
+                self.dead = True
+                self.failure = self.failure or describe(error)
+                streams = {p.stream for p in self.in_flight.values()}
+                streams |= {stream for stream, _, _ in self.inbox}
+                self.inbox.clear()
+            for stream in streams:
+                stream.num_open, stream.error = 0, self.failure
+            self._send([(stream, None) for stream in streams])
+
+    def _enter_and_abort(self):
+        """Sleep until there is work; add new requests to the LLM, abort dropped Streams.
+
+        False: the server leaves and nothing is in flight.
+        """
+        with self.changed:
+            self.changed.wait_for(
+                lambda: self.inbox or self.dropped or self.llm.outputs or self.closing)
+            for stream, prompts, params in self.inbox:
+                for i, ids in enumerate(prompts):
+                    request_id = self.llm.add_request(ids, params)
+                    stream.outs[i] = self.llm.outputs[request_id]
+                    self.in_flight[request_id] = Progress(stream, i)
+            self.inbox.clear()
+            dropped, self.dropped = self.dropped, []
+            if self.aborting:
+                dropped += {p.stream for p in self.in_flight.values()}
+            ended = self.closing and not self.llm.outputs
+        for stream in dropped:
+            self._abort(stream, LEAVING if self.aborting else None)
+        return not ended
+
+    def _step(self):
+        """One iteration. A step that fails aborts its own requests; the others go on."""
+        try:
+            outs = self.llm.step()
+        except Exception as error:
+            traceback.print_exc(file=sys.stderr)
+            self.num_failures += 1
+            self.failure, self.failed_at = describe(error), time.perf_counter()
+            if self.num_failures == MAX_FAILURES:
+                raise
+            for stream in {p.stream for request_id, p in self.in_flight.items()
+                           if request_id not in self.llm.outputs}:
+                self._abort(stream, self.failure)
+        else:
+            self.num_failures, self.failure = 0, None
+            self._deliver(outs)
+
+    def _abort(self, stream, error=None):
+        """End a Stream and its requests; the LLM may have aborted some of them already."""
+        stream.error = stream.error or error
+        for out in stream.outs:
+            self.llm.abort(out.request_id)
+        self._deliver([out for out in stream.outs if out.request_id in self.in_flight])
+
+    def _deliver(self, outs):
+        """Send what is new in some RequestOutputs to their readers."""
+        now, events, too_slow = time.perf_counter(), [], set()
+        for out in outs:
+            progress = self.in_flight[out.request_id]
+            stream = progress.stream
+            if progress.first_token_at is None and out.token_ids:
+                progress.first_token_at = now
+                self.metrics.ttft.observe(now - stream.started)
+            events.append((stream, progress.advance(out)))
+            if out.finish_reason:
+                del self.in_flight[out.request_id]
+                self.metrics.finished(out, now - (progress.first_token_at or now))
+                stream.num_open -= 1
+                if not stream.num_open:
+                    events.append((stream, None))
+            elif stream.events.qsize() > stream.max_behind:
+                too_slow.add(stream)
+        self._send(events)
+        for stream in too_slow:
+            self._abort(stream, f"aborted: the client fell more than {self.buffer} tokens behind")
+
+    def _send(self, events):
+        """Queue [(Stream, Delta or None)] in one call to the event loop: no other thread may."""
+        def put():
+            for stream, event in events:
+                stream.events.put_nowait(event)
+        try:
+            self.loop.call_soon_threadsafe(put)
+        except RuntimeError:                # the loop has ended: nobody reads
+            pass
+
+
+def describe(error):
+    return f"the engine failed: {type(error).__name__}: {error}"

@@ -1,0 +1,565 @@
+"""Tests of the server: real HTTP on a loopback port, the tiny model, the engine in its own thread.
+
+    pytest server
+"""
+import asyncio
+import contextlib
+import functools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from neo import LLM, SamplingParams
+from request import Request, RequestOutput
+
+httpx, openai, uvicorn = (pytest.importorskip(name) for name in ("httpx", "openai", "uvicorn"))
+import serve  # noqa: E402
+from server.chat_template import load_chat_template  # noqa: E402
+from server.engine_thread import EngineThread  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = dict(device="cpu", dtype="fp32", gpu_blocks=26, cpu_mem=0.001, max_model_len=400)
+# One client for all tests, as reading the system's certificates takes longer than a request; a
+# connection for each request, as the server closes those that rest.
+CLIENT = httpx.Client(
+    timeout=60, verify=False, limits=httpx.Limits(max_keepalive_connections=0))
+
+
+class Running:
+    """A server on a free port, in threads of this process."""
+
+    def __init__(self, llm, max_queue=256, buffer=1024, grace=5.0, template=None, api_key=None,
+                 **app):
+        self.llm, self.api_key = llm, api_key
+        self.engine = EngineThread(llm, max_queue, buffer)
+        routes = serve.Routes(llm, self.engine, template)
+        config = uvicorn.Config(
+            routes.app(api_key, **app), host="127.0.0.1", port=0, log_level="warning",
+            timeout_graceful_shutdown=int(grace) + 2)
+        self.server = serve.Server(config, self.engine, grace)
+        self.server.capture_signals = contextlib.nullcontext    # only the main thread gets them
+        listener = config.bind_socket()
+        # A small buffer, so that a reader that stalls is noticed soon.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        self.thread = threading.Thread(target=self.server.run, args=([listener],), daemon=True)
+        self.thread.start()
+        wait_for(lambda: self.server.started)
+        self.port = listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    @functools.cached_property
+    def openai(self):
+        return openai.OpenAI(
+            base_url=self.url + "/v1", api_key=self.api_key or "none", max_retries=0)
+
+    def get(self, path):
+        return CLIENT.get(self.url + path)
+
+    def post(self, body, path="/v1/completions", **kwargs):
+        """body: bytes that are sent as they are, or a dict to which the model is added."""
+        if isinstance(body, bytes):
+            kwargs |= {"content": body, "headers": {"Content-Type": "application/json"}}
+        else:
+            kwargs["json"] = {"model": self.llm.name} | body
+        return CLIENT.post(self.url + path, **kwargs)
+
+    def post_raw(self, connection, body):
+        """Send a completion request on a socket, and read nothing."""
+        content = json.dumps({"model": self.llm.name} | body).encode()
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n" % len(content) + content)
+
+    def close(self):
+        self.engine.close(abort=True)
+        self.server.should_exit = True
+        self.thread.join(20)
+        self.engine.join()
+
+
+@contextlib.contextmanager
+def running(llm, **kwargs):
+    server = Running(llm, **kwargs)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+def wait_for(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def nothing_held(llm):
+    """Nothing is in flight, and every block of both tiers is free."""
+    scheduler = llm.scheduler
+    return (not llm.outputs and not llm.kv.sequences
+            and scheduler.num_free == scheduler.num_blocks)
+
+
+def run_threads(num_threads, function):
+    threads = [threading.Thread(target=function) for _ in range(num_threads)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running(LLM("tiny", "neo", **SMALL), max_body=50_000) as server:
+        yield server
+
+
+TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}")
+
+
+@pytest.fixture(scope="module")
+def text_server(text_models, tmp_path_factory):
+    """A checkpoint with a tokenizer and a chat template."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(text_models["tokenizers"], folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    llm = LLM(str(folder), "neo", **SMALL)
+    with running(llm, template=load_chat_template(llm.name, llm.tokenizer)) as server:
+        yield server
+
+
+# ------------------------------------------------------------------------- the openai client
+
+def test_openai_client_gets_the_tokens_of_generate(text_server):
+    """Streamed and whole, greedy and seeded, text and ids, log-probabilities and usage."""
+    prompt, other = "the scheduler plans", LLM(text_server.llm.name, "gpu-only", **SMALL)
+    for temperature, seed in ((0.0, None), (0.9, 7)):
+        want = other.generate([prompt], SamplingParams(
+            max_tokens=12, temperature=temperature, seed=seed, ignore_eos=True, logprobs=True))[0]
+        ask = dict(model=text_server.llm.name, prompt=prompt, max_tokens=12,
+                   temperature=temperature, seed=seed, logprobs=1,
+                   extra_body={"ignore_eos": True})
+        whole = text_server.openai.completions.create(**ask)
+        choice = whole.choices[0]
+        assert choice.text == want.text and choice.token_ids == want.token_ids
+        assert choice.logprobs.token_logprobs == pytest.approx(want.logprobs, abs=1e-3)
+        assert max(want.logprobs) < 0
+        assert whole.usage.prompt_tokens == len(want.prompt_token_ids)
+        assert whole.usage.completion_tokens == 12
+        *chunks, usage = text_server.openai.completions.create(
+            **ask, stream=True, stream_options={"include_usage": True})
+        assert "".join(c.choices[0].text for c in chunks) == want.text and len(chunks) == 12
+        assert sum((c.choices[0].token_ids for c in chunks), []) == want.token_ids
+        assert chunks[-1].choices[0].finish_reason == "length" and usage.choices == []
+        assert usage.usage.total_tokens == whole.usage.total_tokens
+
+
+def test_chat_uses_the_template(text_server):
+    messages = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "what is a block"}]}]
+    want = LLM(text_server.llm.name, "gpu-only", **SMALL).generate(
+        ["<system>be brief<user>what is a block<assistant>"],
+        SamplingParams(max_tokens=8, ignore_eos=True))[0]
+    chat = text_server.openai.chat.completions
+    ask = dict(model=text_server.llm.name, messages=messages, max_completion_tokens=8,
+               temperature=0, extra_body={"ignore_eos": True})
+    choice = chat.create(**ask, logprobs=True).choices[0]
+    assert choice.message.content == want.text and len(choice.logprobs.content) == 8
+    chunks = list(chat.create(**ask, stream=True))
+    assert "".join(c.choices[0].delta.content for c in chunks) == want.text
+    assert [c.choices[0].delta.role for c in chunks] == ["assistant"] + [None] * 7
+    assert all(t.token in want.text or "\ufffd" in t.token for t in choice.logprobs.content)
+    with pytest.raises(openai.BadRequestError, match="no tools here"):
+        chat.create(**ask | {"messages": [{"role": "tool", "content": "x"}]})
+
+
+def test_stop_strings_never_reach_the_client(text_server):
+    create = text_server.openai.completions.create
+    ask = dict(model=text_server.llm.name, prompt="the cache", max_tokens=60, temperature=1,
+               seed=1, extra_body={"ignore_eos": True})
+    text = create(**ask).choices[0].text
+    at = next(i for i in range(len(text) // 2, len(text))
+              if "\ufffd" not in text[i:i + 3] and text.find(text[i:i + 3]) == i)
+    chunks = create(**ask, stop=[text[at:at + 3]], stream=True)
+    assert "".join(c.choices[0].text for c in chunks) == text[:at]
+
+
+def test_prompts_of_ids_and_batches(server):
+    prompts = [[1, 2, 3], [4, 5], [6]]
+    want = [out.token_ids for out in LLM("tiny", "gpu-only", **SMALL).generate(
+        prompts, SamplingParams(max_tokens=6, ignore_eos=True))]
+    ask = dict(max_tokens=6, temperature=0, ignore_eos=True)
+    got = server.post({"prompt": prompts, **ask}).json()
+    assert [c["token_ids"] for c in got["choices"]] == want
+    assert got["usage"]["completion_tokens"] == 18
+    ids = {0: [], 1: [], 2: []}
+    body = {"model": "tiny", "prompt": prompts, "stream": True, **ask}
+    with CLIENT.stream("POST", server.url + "/v1/completions", json=body) as r:
+        *chunks, end = [line[6:] for line in r.iter_lines() if line]
+    for chunk in chunks:
+        for c in json.loads(chunk)["choices"]:
+            ids[c["index"]] += c["token_ids"]
+    assert list(ids.values()) == want and end == "[DONE]"
+    assert server.post({"prompt": [1, 2], **ask}).json()["choices"][0]["token_ids"]
+
+
+def test_what_a_load_generator_sends(server):
+    """The fields of vLLM's benchmark client, /v1/models, /health and /metrics."""
+    body = {"prompt": [5] * 20, "max_tokens": 5, "temperature": 0.0, "repetition_penalty": 1.0,
+            "logprobs": None, "stream": True, "stream_options": {"include_usage": True},
+            "ignore_eos": True, "best_of": 1}
+    lines = [json.loads(x[6:]) for x in server.post(body).text.split("\n\n")[:-2]]
+    assert len(lines) == 6 and lines[-1]["usage"]["completion_tokens"] == 5
+    models = server.openai.models
+    assert models.list().data[0].id == models.retrieve("tiny").id == "tiny"
+    assert server.get("/health").json() == {"status": "ok"}
+    wait_for(lambda: nothing_held(server.llm))
+    lines = server.get("/metrics").text.splitlines()
+    values = {name: float(value) for name, value in
+              (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
+    assert values["neo_ttft_seconds_count"] >= 1 and values["neo_tpot_seconds_count"] >= 1
+    assert values["neo_requests_waiting"] == 0 and values['neo_kv_blocks_used{tier="gpu"}'] == 0
+    assert values["neo_output_tokens_total"] >= 5
+    assert values['neo_kv_blocks_total{tier="gpu"}'] == 26
+
+
+# ------------------------------------------------------------------------- coming and leaving
+
+def test_many_clients_some_leave(server):
+    """200 at once, a third leave in mid-stream: then both tiers are empty, the server answers."""
+    rng = random.Random(3)
+
+    async def one(client, leave):
+        body = {"model": "tiny", "max_tokens": rng.randrange(1, 30), "stream": True,
+                "prompt": [rng.randrange(512) for _ in range(rng.randrange(1, 60))],
+                "ignore_eos": True, "temperature": 0}
+        async with client.stream("POST", server.url + "/v1/completions", json=body) as r:
+            assert r.status_code == 200
+            got = 0
+            async for line in r.aiter_lines():
+                got += line.startswith("data: {")
+                if leave and got > leave:
+                    return None
+        return got == body["max_tokens"]
+
+    async def all_of_them():
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(timeout=120, verify=False, limits=limits) as client:
+            return await asyncio.gather(
+                *(one(client, rng.choice((0, 0, 2))) for _ in range(200)))
+
+    results = asyncio.run(all_of_them())
+    assert all(r is not False for r in results) and results.count(True) > 50
+    wait_for(lambda: nothing_held(server.llm))
+    server.llm.kv.check()
+    r = server.post({"prompt": [1], "max_tokens": 3, "ignore_eos": True})
+    assert len(r.json()["choices"][0]["token_ids"]) == 3
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_is_dropped_at_the_next_iteration(server, stream):
+    llm = server.llm
+    connection = socket.create_connection(("127.0.0.1", server.port))
+    server.post_raw(connection, {"prompt": [1] * 40, "max_tokens": 350, "ignore_eos": True,
+                                 "stream": stream})
+    wait_for(lambda: llm.outputs and next(iter(llm.outputs.values())).token_ids)
+    out = next(iter(llm.outputs.values()))
+    connection.close()
+    wait_for(lambda: nothing_held(llm))
+    assert out.finish_reason == "abort" and len(out.token_ids) < 350
+
+
+def test_a_reader_that_stalls_is_aborted_and_holds_nobody_up():
+    with running(LLM("tiny", "neo", **SMALL | {"gpu_blocks": 200}), buffer=20) as server:
+        body = {"prompt": [[i] for i in range(1, 13)], "max_tokens": 250, "ignore_eos": True}
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect(("127.0.0.1", server.port))
+        server.post_raw(connection, body | {"stream": True})
+        wait_for(lambda: server.llm.outputs)
+        outs = list(server.llm.outputs.values())
+        r = server.post({"prompt": [7], "max_tokens": 5, "ignore_eos": True})
+        assert r.status_code == 200
+        wait_for(lambda: nothing_held(server.llm), 60)
+        assert any(out.finish_reason == "abort" for out in outs)
+        connection.settimeout(20)
+        received = b""
+        while b"[DONE]" not in received and (part := connection.recv(1 << 16)):
+            received += part
+        assert b"the client fell more than 20 tokens behind" in received
+        connection.close()
+        whole = server.post(body)       # not streamed: nobody reads before the end
+        assert whole.status_code == 200
+        assert {c["finish_reason"] for c in whole.json()["choices"]} == {"length"}
+
+
+def test_a_full_queue_says_429_and_a_key_is_asked_for():
+    llm = LLM("tiny", "gpu-only", **SMALL | {"gpu_blocks": 8, "max_model_len": 128})
+    with running(llm, max_queue=3, api_key="s3cret") as server:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "s3cret"}):
+            r = server.post({"prompt": [1]}, headers=headers)
+            assert r.status_code == 401 and r.json()["error"]["code"] == "invalid_api_key"
+        key = {"Authorization": "Bearer s3cret"}
+        body = {"prompt": [1] * 60, "max_tokens": 60, "ignore_eos": True}
+        answers = []
+        run_threads(12, lambda: answers.append(server.post(body, headers=key)))
+        refused = [r for r in answers if r.status_code == 429]
+        assert refused and len(refused) < 12
+        assert {r.status_code for r in answers} == {200, 429}
+        assert refused[0].headers["retry-after"] == "1"
+        assert refused[0].json()["error"]["type"] == "rate_limit_error"
+        longer_than_the_queue = server.post({"prompt": [[1]] * 4}, headers=key)
+        assert longer_than_the_queue.status_code == 400
+        assert server.post({"prompt": [1], "max_tokens": 1}, headers=key).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_engine_failure_is_an_error_not_a_hang(stream, monkeypatch):
+    with running(LLM("tiny", "neo", **SMALL)) as server:
+        monkeypatch.setattr(server.llm.model, "run", lambda *a: 1 / 0)
+        r = server.post({"prompt": [1, 2], "stream": stream})
+        assert "ZeroDivisionError" in r.text and (stream or r.status_code == 503)
+        assert server.get("/health").status_code == 503
+        assert server.post({"prompt": [1, 2]}).status_code == 503
+
+
+def test_a_step_that_fails_costs_its_requests_alone():
+    """The others go on, /health recovers with the next step that works."""
+    llm = LLM("tiny", "gpu-only", **SMALL | {"gpu_blocks": 4, "max_model_len": 64})
+    with running(llm) as server:
+        run, calls = llm.model.run, []
+
+        def fails_once(*args):
+            calls.append(1)
+            if len(calls) == 5:
+                raise RuntimeError("one bad step")
+            return run(*args)
+
+        llm.model.run = fails_once
+        body = {"prompt": [1] * 30, "max_tokens": 20, "ignore_eos": True}
+        answers = []
+        run_threads(4, lambda: answers.append(server.post(body)))       # two fit at a time
+        codes = sorted(r.status_code for r in answers)
+        assert codes[0] == 200 and codes[-1] == 503 and codes.count(503) <= 2
+        assert all("one bad step" in r.text for r in answers if r.status_code == 503)
+        assert server.get("/health").status_code == 200 and nothing_held(llm)
+
+
+def test_sampling_at_the_edges_hurts_nobody(text_server):
+    for extreme in ({"temperature": 1e-50}, {"top_p": 1e-50}, {"top_k": 10 ** 400},
+                    {"temperature": 10 ** 400}, {"temperature": 1e9}):
+        r = text_server.post({"prompt": "x", "max_tokens": 3} | extreme)
+        assert r.status_code == 400, r.text
+    for edge in ({"temperature": 1e-4}, {"temperature": 1e4}, {"top_p": 1e-6, "temperature": 1},
+                 {"top_k": 2 ** 31 - 1, "temperature": 1}):
+        r = text_server.post({"prompt": "x", "max_tokens": 3} | edge)
+        assert r.status_code == 200, r.text
+    chat = {"messages": [{"role": "user", "content": "\ud800"}]}
+    for path, body in (("/v1/completions", {"prompt": "\ud800"}),
+                       ("/v1/completions", {"prompt": ["a", "\ud800"]}),
+                       ("/v1/chat/completions", chat)):
+        content = json.dumps({"model": text_server.llm.name} | body).encode()
+        r = text_server.post(content, path)
+        assert r.status_code == 400, r.text
+    assert text_server.get("/health").status_code == 200
+
+
+def test_a_large_bad_body_does_not_stop_the_loop():
+    with running(LLM("tiny", "neo", **SMALL)) as server:
+        for path, start, item, end, count in (
+                ("/v1/completions", b'"prompt": [', b"1,", b' "x"]', 400_000),
+                ("/v1/chat/completions", b'"messages": [', b"1,", b" 1]", 400_000),
+                ("/v1/completions", b'"prompt": [1], "stop": [', b'"y",', b' "x"]', 200_000)):
+            r = server.post(b'{"model": "tiny", ' + start + item * count + end + b"}", path)
+            assert r.status_code == 400 and len(r.text) < 1000
+
+
+# ------------------------------------------------------------------------- the command line
+
+def serve_command(*flags):
+    return [sys.executable, "serve.py", "--model", "tiny", "--device", "cpu", *flags]
+
+
+def test_serve_refuses_what_cannot_work_before_loading(monkeypatch, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = subprocess.run(serve_command("--port", port), capture_output=True, text=True,
+                              timeout=60, cwd=ROOT)
+    assert done.returncode == 1 and "cannot listen" in done.stderr
+    assert "Traceback" not in done.stderr and "device" not in done.stderr
+    # The others in this process, as a new one takes seconds to import torch.
+    monkeypatch.setattr(serve, "LLM", lambda *args, **kwargs: pytest.fail("loads the model"))
+    for flag, value, message in (("--port", "99999", "--port 99999"),
+                                 ("--api-key", "", "--api-key is empty"),
+                                 ("--grace", "nan", "--grace nan"),
+                                 ("--max-queue", "0", "--max-queue")):
+        with pytest.raises(SystemExit, match="^error: .*" + message) as end:
+            serve.main(["--model", "tiny", "--device", "cpu", flag, value])
+        assert isinstance(end.value.code, str)      # Python prints it, and exits with 1
+        assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("flags", [["--simulate", "t4"], ["--testbed", "tp=2"], ["--tp", "2"]])
+def test_a_simulation_cannot_be_served(flags, capsys):
+    with pytest.raises(SystemExit) as end:
+        serve.main(["--model", "tiny", *flags])
+    assert end.value.code == 2 and flags[0] in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def leaving_servers():
+    """grace -> a process of serve.py and its port. They start side by side, which takes seconds."""
+    servers = {}
+    for grace in ("30", "0.3"):
+        with socket.create_server(("127.0.0.1", 0)) as unused:
+            port = unused.getsockname()[1]
+        command = serve_command("--port", str(port), "--grace", grace, "--dtype", "fp32",
+                                "--max-model-len", "400", "--gpu-blocks", "30",
+                                "--cpu-mem", "0.1")
+        servers[grace] = port, subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    yield servers
+    for _, process in servers.values():
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("grace, ended", [("30", "length"), ("0.3", "abort")])
+def test_sigterm_in_mid_stream(leaving_servers, grace, ended):
+    """Within the grace time the stream runs to its end, beyond it the requests are aborted; the
+    exit code is 0 either way. Many prompts, so that a stream takes much longer than 0.3 s."""
+    port, process = leaving_servers[grace]
+    while "serving" not in (line := process.stderr.readline()):
+        assert line, "the server never came up"
+    url = f"http://127.0.0.1:{port}"
+
+    def is_up():
+        try:
+            return CLIENT.get(url + "/health").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    wait_for(is_up)
+    body = {"model": "tiny", "prompt": [[1, 2, i] for i in range(24)], "ignore_eos": True,
+            "max_tokens": 80 if ended == "length" else 390, "stream": True}
+    reasons, errors = {}, []            # index of a prompt -> finish reasons of its chunks
+    with CLIENT.stream("POST", url + "/v1/completions", json=body) as r:
+        lines = (line for line in r.iter_lines() if line.startswith("data: {"))
+        for n, line in enumerate(lines):
+            if n == 3:
+                process.send_signal(signal.SIGTERM)
+            data = json.loads(line[6:])
+            for choice in data.get("choices", []):
+                reasons.setdefault(choice["index"], []).append(choice["finish_reason"])
+            if "error" in data:
+                errors.append(data["error"]["message"])
+    # An abort is also said as an error, because it is no way for a completion to end.
+    assert errors == (["the server is shutting down"] if ended == "abort" else [])
+    assert len(reasons) == 24
+    for *earlier, final in reasons.values():
+        assert final == ended and set(earlier) <= {None}
+    assert process.wait(20) == 0
+
+
+# ------------------------------------------------------------------------- bad requests
+
+@pytest.mark.parametrize("body, message", [
+    ({"prompt": [1] * 400}, "400 tokens.*limit is 400"),
+    ({"prompt": "text"}, "without a tokenizer"),
+    ({"prompt": []}, "empty"),
+    ({}, "prompt"),
+    ({"prompt": [1], "model": "gpt"}, "unknown model"),
+    ({"prompt": [1], "max_tokens": -1}, "max_tokens = -1"),
+    ({"prompt": [1, 512]}, "0..511"),
+    ({"prompt": [1, "x"]}, "must be a string"),
+    ({"prompt": [1, True]}, "must be a string"),
+    ({"prompt": [1], "logprobs": 5}, "logprobs"),
+    ({"prompt": [1], "stream_options": {"x": 1}}, "stream_options"),
+    ({"prompt": [1], "temperature": -1}, "temperature"),
+    ({"prompt": [1], "n": 2}, "n = 2"),
+    ({"prompt": [1], "max_tokens": "7"}, "max_tokens"),
+    ({"prompt": [1], "frobnicate": 1}, "frobnicate"),
+    ({"prompt": [1], "stream": 1}, "stream"),
+    ({"prompt": [1], "top_p": 0}, "top_p"),
+    ({"prompt": [[]]}, "empty"),
+    ({"prompt": [1], "echo": True}, "echo"),
+    ({"prompt": [1], "stop": "x"}, "stop strings")])
+def test_bad_requests_get_400_in_openais_shape(server, body, message):
+    r = server.post(body)
+    error = r.json()["error"]
+    assert r.status_code == 400 and error["type"] == "invalid_request_error"
+    assert re.search(message, error["message"]), r.text
+
+
+@pytest.mark.parametrize("content, status", [
+    (b"{", 400),
+    (b"\xff\xfe\x00", 400),
+    (b"", 400),
+    (b"[1]", 400),
+    (b'"x"', 400),
+    (b"[" * 20000, 400),
+    (b'{"model": "' + b"x" * 60_000 + b'"}', 413),
+    (b'{"model": "tiny", "prompt": [1], "temperature": NaN}', 400),
+    (b'{"model": "\\ud800", "prompt": [1]}', 400),
+    (b'{"model": "tiny", "prompt": [1], "seed": ' + b"9" * 5000 + b"}", 400),
+    (b'{"model": "tiny", "prompt": ["\\ud800"]}', 400)])
+def test_bodies_that_are_no_request(server, content, status):
+    r = server.post(content)
+    assert r.status_code == status and "message" in r.json()["error"]
+
+
+def test_no_chat_template_is_said(server):
+    messages = [{"role": "user", "content": "hi"}]
+    r = server.post({"messages": messages}, "/v1/chat/completions")
+    assert r.status_code == 400 and "without a chat template" in r.json()["error"]["message"]
+    assert server.get("/v1/nothing").status_code == 404
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (st.lists(inner, max_size=4)
+                   | st.dictionaries(st.text(max_size=8), inner, max_size=4)),
+    max_leaves=8)
+FIELDS = st.sampled_from((
+    "prompt", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "stream",
+    "stream_options", "logprobs", "n", "messages", "user", "ignore_eos", "model", "logit_bias",
+    "echo"))
+VALID = {"model": "tiny", "prompt": [1, 2], "max_tokens": 2}
+BODIES = st.one_of(
+    st.binary(max_size=60),
+    JSON.map(lambda x: json.dumps(x).encode()),
+    st.dictionaries(FIELDS, JSON, max_size=5).map(lambda d: json.dumps(VALID | d).encode()))
+
+
+@settings(max_examples=int(os.environ.get("NEO_EXAMPLES", 60)), deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(path=st.sampled_from(["/v1/completions", "/v1/chat/completions"]), body=BODIES)
+def test_no_body_makes_the_server_fail(server, path, body):
+    r = server.post(body, path)
+    assert r.status_code < 500
+    assert r.status_code == 200 or "message" in r.json()["error"]
+
+
+def test_settled_text_holds_back_what_may_begin_a_stop_string():
+    out = RequestOutput(Request(0, [], 16), SamplingParams(stop=["abc", "z"]), "xxab")
+    assert out.settled_text() == "xx"
+    out.request.finish_reason = "length"
+    assert out.settled_text() == "xxab"
