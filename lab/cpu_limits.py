@@ -1,0 +1,158 @@
+"""How fast CPU attention reads the KV cache, as a share of the machine's read bandwidth.
+
+    python -m lab.cpu_limits [--threads 2] [--rounds 15] [--peers]
+
+K and V take 256 MB or more, which no cache holds. Their blocks lie in a random order that changes
+each round. Machines drift: so the candidates take turns, the bandwidth is measured right before
+and after each run, and a run counts only if the two agree within 12 %. The last line is JSON.
+Knows nothing of the engine but cpu_attn. Test: pytest lab -k limits
+"""
+import json
+import statistics
+import sys
+import time
+from functools import partial
+
+import numba
+import numpy as np
+import torch
+from llvmlite import binding
+from tqdm import tqdm
+
+import cpu_attn
+from kernels.cpu_bandwidth import DATA_BYTES, make_cache, read_bandwidth
+from options import Parser
+
+MAX_DRIFT = 0.12            # of the bandwidth during a run that counts
+MIN_KV_BYTES = 256 << 20
+D, BLOCK = 128, 16
+HEADS = {"MHA 32": (32, 32), "GQA 32/8": (32, 8), "GQA 64/8": (64, 8)}      # (H, Hkv)
+LENGTHS = {"B=64 L=256": [256] * 64, "B=16 L=1024": [1024] * 16,
+           "B=4 L=4096": [4096] * 4, "B=1 L=4096": [4096],
+           "B=16 uneven": [97 + 211 * i for i in range(16)]}
+
+
+def ours(q, k, v, lens, path):
+    """Candidate: cpu_attn.paged_decode on one of its code paths."""
+    out, seq_lens = np.empty_like(q), np.array(lens, np.int32)
+
+    def run(table):
+        start = time.perf_counter()
+        cpu_attn.paged_decode(q, k, v, table, seq_lens, out, D ** -0.5, "bf16", path)
+        return time.perf_counter() - start
+    return run
+
+
+def torch_peer(q, k, v, lens):
+    """Candidate: scaled_dot_product_attention, one sequence after the other.
+
+    Its K and V are gathered from the blocks beforehand; that time does not count.
+    """
+    q = torch.from_numpy(q).bfloat16()
+
+    def gather(cache, blocks, n):           # -> [1, Hkv, n, D]
+        kv = cache[blocks].transpose(1, 0, 2, 3).reshape(1, cache.shape[1], -1, D)
+        return torch.from_numpy(kv).view(torch.bfloat16)[:, :, :n]
+
+    def run(table):
+        kv = [[gather(cache, blocks[:-(-n // BLOCK)], n) for cache in (k, v)]
+              for blocks, n in zip(table, lens, strict=True)]
+        start = time.perf_counter()
+        for i, (k_i, v_i) in enumerate(kv):
+            torch.nn.functional.scaled_dot_product_attention(
+                q[i:i + 1, :, None], k_i, v_i, enable_gqa=True)
+        return time.perf_counter() - start
+    return run
+
+
+def compare(heads, lens, threads, rounds, candidates, data):
+    """Time the candidates on one case.
+
+    heads: (H, Hkv). lens: tokens of each sequence. data: uint8, for measuring the bandwidth.
+    candidates: {name: f(q, k, v, lens)}; f returns run(block table) -> seconds.
+    Returns {name: {"share", "share_min", "share_max", "gb_s", "rounds"}, "bandwidth_gb_s"}.
+    """
+    (H, Hkv), B = heads, len(lens)
+    rng = np.random.default_rng(1)
+    width = -(-max(lens) // BLOCK)
+    num_blocks = max(MIN_KV_BYTES // (2 * Hkv * BLOCK * D * 2), B * width)
+    k, v = (make_cache((num_blocks, Hkv, BLOCK, D)) for _ in "kv")
+    q = rng.standard_normal((B, H, D), dtype=np.float32)
+    runs = {name: prepare(q, k, v, lens) for name, prepare in candidates.items()}
+    kv_gb = 2 * sum(lens) * Hkv * D * 2 / 1e9
+    speeds, bandwidths = {name: [] for name in runs}, []
+    for i in range(rounds + 1):
+        for name, run in runs.items():
+            table = rng.permutation(num_blocks)[:B * width].astype(np.int32).reshape(B, width)
+            before = read_bandwidth(data, threads)
+            seconds = run(table)
+            after = read_bandwidth(data, threads)
+            if i and abs(before / after - 1) < MAX_DRIFT:   # the first round is warm-up
+                bandwidths.append((before + after) / 2)
+                gb_s = kv_gb / seconds
+                speeds[name].append((gb_s, gb_s / bandwidths[-1]))
+    found = {}
+    for name, pairs in speeds.items():
+        if pairs:
+            gb_s, shares = zip(*pairs, strict=True)
+            found[name] = {"share": statistics.median(shares),
+                           "share_min": min(shares), "share_max": max(shares),
+                           "gb_s": statistics.median(gb_s), "rounds": len(pairs)}
+    bandwidth = statistics.median(bandwidths) if bandwidths else float("nan")
+    return found | {"bandwidth_gb_s": bandwidth}
+
+
+def describe(found):
+    """A candidate's outcome as a cell of the table; None if no run of it counts."""
+    if found is None:
+        return "-"
+    share, low, high = (100 * found[key] for key in ("share", "share_min", "share_max"))
+    return (f"{found['gb_s']:5.1f} GB/s {share:3.0f} % [{low:2.0f}-{high:3.0f}] "
+            f"{found['rounds']:2d}x")
+
+
+def main(argv=None):
+    parser = Parser("CPU decode attention against read bandwidth.")
+    parser.add_argument("--threads", type=int, default=numba.config.NUMBA_NUM_THREADS)
+    parser.add_argument("--rounds", type=int, default=15, help="rounds of each case")
+    parser.add_argument("--peers", action="store_true", help="add torch's attention")
+    args = parser.parse_args(argv)
+    try:
+        cpu_attn.set_threads(args.threads)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    torch.set_num_threads(args.threads)
+    candidates = {path: partial(ours, path=path) for path in cpu_attn.PATHS}
+    if args.peers:
+        candidates["torch"] = torch_peer
+    data = make_cache(DATA_BYTES // 2).view(np.uint8)
+    read_bandwidth(data, args.threads)      # compiles
+    cpu = binding.get_host_cpu_name()
+    features = [name for name, there in binding.get_host_cpu_features().items()
+                if there and name.startswith(("avx512", "avx2", "neon", "bf16"))]
+    print(f"threads    {args.threads}\nCPU        {cpu}: {', '.join(sorted(features))}\n"
+          f"path       {cpu_attn.PATHS[0]} for bf16, portable for the rest\n"
+          f"bandwidth  {read_bandwidth(data, args.threads):.1f} GB/s now; measured again "
+          "around every run\n")
+    names = "".join(f"{name:>30s}" for name in candidates)
+    print(f"{'':24s}{'bandwidth':>10s}  {names}")
+    results = {}
+    bar = tqdm(total=len(HEADS) * len(LENGTHS), disable=None, leave=False)
+    try:
+        for kind, heads in HEADS.items():
+            for case, lens in LENGTHS.items():
+                name = f"{kind} {case}"
+                found = results[name] = compare(
+                    heads, lens, args.threads, args.rounds, candidates, data)
+                cells = "".join(f"{describe(found.get(c)):>30s}" for c in candidates)
+                tqdm.write(f"{name:24s}{found['bandwidth_gb_s']:5.1f} GB/s  {cells}")
+                bar.update()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+    bar.close()
+    print(json.dumps({"threads": args.threads, "cpu": cpu, "block_size": BLOCK, "head_dim": D,
+                      "results": results}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Tests of the experiments: load-latency curves, replay, figures, limits, the simulator's check.
+
+    pip install -r requirements.txt -r requirements-extra.txt && pytest -q lab
+
+Models are tiny or simulated. Nothing is asserted about how fast this machine is.
+"""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import workload
+from lab import cpu_limits, figures, gpu_limits, load_latency, simulator_check
+from neo import LLM, SamplingParams
+
+ROOT = Path(__file__).resolve().parent.parent
+# One real engine for all tests here, so that its profile is measured once
+SIZES = dict(gpu_blocks=8, cpu_mem=0.01, max_model_len=64)
+TINY = ["--model", "tiny", "--device", "cpu", "--gpu-blocks", "8", "--cpu-mem", "0.01",
+        "--max-model-len", "64"]
+
+
+# ------------------------------------------------------------------------------ load-latency
+
+def test_load_latency_curves(tmp_path, capsys):
+    """Simulated, so that the rates found are exact: one below the limit was run, one just above it,
+    for each strategy."""
+    t4 = ["--model", "llama-7b", "--simulate", "t4", "--gpu-blocks", "54", "--dataset-name", "osc"]
+    load_latency.main(
+        [*t4, "--num-prompts", "80", "--rates", "0.2,2", "--at-latency", "0.4", "--goodput",
+         "ttft:3000", "tpot:300", "--result-filename", str(tmp_path / "r.json")])
+    saved, out = json.loads((tmp_path / "r.json").read_text()), capsys.readouterr().out
+    for s, points in saved["results"].items():
+        took = {float(r): x["per_token_latency_ms"] / 1e3 for r, x in points.items()}
+        found = saved["at_latency"][s]
+        assert {0.2, 2.0} <= took.keys() and took[found] <= 0.4
+        assert min(r for r, t in took.items() if t > 0.4 and r > found) < 1.03 * found
+        assert all(x["request_goodput"] <= x["request_throughput"] for x in points.values())
+        assert points["0.2"]["request_goodput"] > 0
+    assert saved["at_latency"]["neo"] > 2 * saved["at_latency"]["gpu-only"]
+    assert "not measured" in out and "KV budget of 864" in out and "at several rates" in out
+    load_latency.main([*t4, "--num-prompts", "3", "--strategies", "neo", "--at-latency", "60"])
+    assert "any rate, even all at once" in capsys.readouterr().out
+
+
+def test_load_latency_on_the_real_clock(capsys):
+    load_latency.main([*TINY, "--rates", "50", "--num-prompts", "5", "--input-len", "20",
+                       "--output-len", "4"])
+    lines = capsys.readouterr().out.splitlines()
+    points = [line.split() for line in lines if line.startswith(("gpu-only", "neo"))]
+    assert [float(point[1]) for point in points] == [50, 50]
+
+
+def test_load_latency_survives_ctrl_c(tmp_path, interrupt_at, capsys):
+    interrupt_at(150)
+    with pytest.raises(SystemExit, match="130"):
+        load_latency.main(
+            ["--model", "tiny", "--simulate", "t4", "--gpu-blocks", "20", "--rates", "1,2,3,4,5,6",
+             "--num-prompts", "9", "--output-len", "9", "--input-len", "30", "--strategies",
+             "gpu-only", "--result-filename", str(tmp_path / "r.json")])
+    assert 0 < len(json.loads((tmp_path / "r.json").read_text())["results"]["gpu-only"]) < 6
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_replay_of_a_trace(tmp_path, capsys):
+    """By its time stamps, faster, in order, the first requests only."""
+    trace = tmp_path / "t.csv"
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n"
+                     "2023-11-16 18:17:03.9799600,40,5\n2023-11-16 18:17:09.0319600,30,3\n"
+                     "2023-11-16 18:17:05.9799600,20,4\n2023-11-16 18:18:05.9799600,20,4\n")
+    ins, outs, arrivals, source = workload.read_arrivals(trace, 3, 4.0)
+    assert (ins, outs) == ([40, 20, 30], [5, 4, 3]) and "4 times" in source
+    assert arrivals == pytest.approx([0, 0.5, 1.263], abs=1e-3)
+    load_latency.main(
+        ["--model", "tiny", "--simulate", "t4", "--gpu-blocks", "20", "--dataset-name", "lengths",
+         "--dataset-path", str(trace), "--replay", "--speed", "4", "--num-prompts", "3",
+         "--strategies", "gpu-only", "--repeats", "2", "--goodput", "e2el:60000",
+         "--result-filename", str(tmp_path / "r.json")])
+    r = json.loads((tmp_path / "r.json").read_text())["results"]["gpu-only"]
+    assert r["completed"] == 3 and r["duration"] > 1.26 and r["rounds"] == 2
+    assert r["request_goodput"] == r["request_throughput"]
+    out = capsys.readouterr().out
+    assert "at their times" in out and "goodput, request/s" in out and "GPU busy" in out
+    with pytest.raises(ValueError, match="not a lengths file"):
+        (tmp_path / "no.csv").write_text("ContextTokens,GeneratedTokens\n1,1\n")
+        workload.read_arrivals(tmp_path / "no.csv", 3, 1)
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--rates", "1,0"], "--rates 0.0: must be above 0"),
+    (["--rates", "1", "--goodput", "itl:5"], "--goodput: itl:5"),
+    (["--rates", "1", "--goodput", "ttft"], "ttft:2000"),
+    (["--replay"], "--dataset-path"),
+    (["--replay", "--dataset-path", "f", "--rates", "1"], "--rates"),
+    (["--rates", "1", "--repeats", "2"], "--repeats"),
+    (["--rates", "1", "--speed", "2"], "--replay"),
+    ([], "give --rates"),
+    (["--replay", "--dataset-path", "/no"], "error: /no"),
+    (["--rates", "1", "--strategies", "none"], "unknown strategy")])
+def test_bad_flags_are_one_line(argv, message, capsys):
+    with pytest.raises(SystemExit) as status:
+        load_latency.main(["--model", "tiny", *argv])
+    assert status.value.code and message in f"{status.value.code}{capsys.readouterr().err}"
+
+
+# ------------------------------------------------------------------- limits of this machine
+
+def test_gpu_limits(tmp_path, monkeypatch, capsys):
+    """The ceilings, and decode over its floor, measure the machine they run on and say what it is.
+    """
+    monkeypatch.setattr(gpu_limits, "MIN_SECONDS", 0.02)
+    monkeypatch.setitem(gpu_limits.COPY_BYTES, "cpu", 1 << 20)
+    monkeypatch.setitem(gpu_limits.MATRIX_SIZE, "cpu", 64)
+    monkeypatch.setattr("kernels.cpu_bandwidth.DATA_BYTES", 1 << 22)
+    files = [str(tmp_path / name) for name in ("c.json", "f.json")]
+    gpu_limits.main(["ceilings", "--device", "cpu", "--result-filename", files[0]])
+    limits = json.loads(Path(files[0]).read_text())["limits"]
+    assert min(limits[k] for k in ("copy_gb_s", "matrix_tflops", "host_read_gb_s")) > 0
+    assert "to_gpu_gb_s" not in limits
+    assert "would play the GPU" in capsys.readouterr().out
+    gpu_limits.main(["floor", "--model", "tiny", "--device", "cpu", "--batches", "1,3,900",
+                     "--input-len", "20", "--steps", "4", "--gpu-blocks", "300", "--cpu-mem", "0",
+                     "--result-filename", files[1]])
+    found = json.loads(Path(files[1]).read_text())
+    assert [r["batch"] for r in found["rows"]] == [1, 3]        # 900 do not fit
+    assert found["machine"]["gpu"] is None
+    for r in found["rows"]:
+        assert r["over_floor"] == pytest.approx(r["ms"] / r["floor_ms"])
+        assert r["ms"] > r["floor_ms"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_gpu_table_needs_a_gpu():
+    done = subprocess.run(["bash", "lab/gpu_table.sh", "1"], cwd=ROOT, capture_output=True,
+                          text=True, env=os.environ | {"PYTHON": sys.executable})
+    assert done.returncode == 1 and "torch sees none" in done.stderr
+
+
+def test_cpu_limits(monkeypatch, capsys):
+    """Every candidate computes, and its share is of the bandwidth around it."""
+    monkeypatch.setattr(cpu_limits, "MIN_KV_BYTES", 1 << 20)
+    monkeypatch.setattr(cpu_limits, "DATA_BYTES", 1 << 22)
+    monkeypatch.setattr(cpu_limits, "MAX_DRIFT", float("inf"))
+    monkeypatch.setattr(cpu_limits, "HEADS", {"GQA 32/8": (32, 8)})
+    monkeypatch.setattr(cpu_limits, "LENGTHS", {"B=2 uneven": [97, 17]})
+    cpu_limits.main(["--threads", "1", "--rounds", "1", "--peers"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]["GQA 32/8 B=2 uneven"]
+    bandwidth = found.pop("bandwidth_gb_s")
+    assert found.keys() == {*cpu_limits.cpu_attn.PATHS, "torch"} and bandwidth > 0
+    for r in found.values():
+        assert r["rounds"] == 1 and r["gb_s"] > 0 and r["share_min"] <= r["share"] <= r["share_max"]
+
+
+# ------------------------------------------------------------------------------- simulations
+
+def test_a_simulation_from_a_measured_profile_follows_the_real_engine(capsys):
+    """Not how well, which a noisy machine cannot tell, but that the same plans are made and the
+    clock is of their kind."""
+    simulator_check.main([*TINY, "--num-prompts", "6", "--input-len", "40", "--output-len", "10"])
+    out = capsys.readouterr().out
+    assert "neo sim" in out and "simulated / real, neo: throughput" in out
+    assert "simulated / real, gpu-only" in out
+    real = LLM("tiny", "neo", device="cpu", **SIZES)
+    simulated = LLM("tiny", "neo", simulate=real)
+    for llm in (real, simulated):
+        llm.generate([[1] * 30] * 3, SamplingParams(max_tokens=5, ignore_eos=True))
+    for key in ("prefill_tokens", "preemptions"):
+        assert real.stats()[key] == simulated.stats()[key]
+    assert 0 < simulated.stats()["wall_s"] < 100 * real.stats()["wall_s"]
+
+
+def test_figures(tmp_path, capsys):
+    assert figures.rate_at({0.5: 0.1, 1.0: 0.2, 2.0: 1.2}, 0.7) == pytest.approx(1.5)
+    assert figures.rate_at({0.5: 0.1, 1.0: 0.2}, 5) == 1.0
+    with pytest.raises(SystemExit):
+        figures.main(["7"])
+    assert "'7'" in capsys.readouterr().err
+    pytest.importorskip("matplotlib")
+    files = tmp_path / "f.json", tmp_path / "f.png"
+    figures.main(["6c", "--num-prompts", "40", "--result-filename", str(files[0]),
+                  "--plot", str(files[1])])
+    assert "gpu-only" in capsys.readouterr().out
+    assert len(json.loads(files[0].read_text())["results"]) == 13
+    assert files[1].stat().st_size > 1000
