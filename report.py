@@ -225,7 +225,7 @@ def plot(path, title, panels):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     size = (7, 4.2) if len(panels) == 1 else (4 * len(panels), 3.5)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
     for ax, panel in zip(axes[0], panels, strict=True):
         ax.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
         if panel.xlabel is None:
@@ -245,6 +245,7 @@ def plot(path, title, panels):
         if panel.top is not None:
             ax.set_ylim(0, panel.top)
     figure.suptitle(title, fontsize=9)
+    figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
     print(f"plot: {path}")

@@ -1,10 +1,8 @@
 """An OpenAI-compatible server on the engine: completions, chat, streaming, metrics.
 
-    python serve.py --model PATH [--port 8000]
-    curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" \\
-         -d '{"model": "PATH", "prompt": "The capital of France is", "stream": true}'
+    python serve.py --model PATH --port 8000        (clients: see README)
 
-The engine runs in a thread of its own (server/engine_thread.py). Refuses to know how a step
+The engine runs in a thread of its own: server/engine_thread.py. Refuses to know how a step
 works. Test: pytest server
 """
 import asyncio
@@ -85,7 +83,7 @@ class Routes:
 
     # Routes have no docstrings: FastAPI would publish them under /docs.
     async def completions(self, body: Completion, http: Request):
-        return await self.answer(http, body, body.prompts)
+        return await self.answer(body, http)
 
     async def chat(self, body: Chat, http: Request):
         if self.template is None:
@@ -93,18 +91,15 @@ class Routes:
                 400, f"{self.llm.name} comes without a chat template: use /v1/completions")
         if body.max_completion_tokens is not None:
             body.max_tokens = body.max_completion_tokens
-        elif body.max_tokens is None:       # as long as it fits: OpenAI's chat has no limit either
+        elif body.max_tokens is None:       # no limit but the engine's, as in OpenAI's chat
             body.max_tokens = self.llm.max_request_len
+        return await self.answer(body, http)
 
-        def prompts():
-            return [self.template([{"role": message.role, "content": message.text()}
-                                   for message in body.messages])]
-        return await self.answer(http, body, prompts)
-
-    async def answer(self, http, body, prompts):
-        """Both POST routes: check the body, give prompts() to the engine, stream or collect."""
-        def token_ids():                # runs in a thread, as it would block the event loop
-            return [self.llm.check_prompt(prompt, params) for prompt in prompts()]
+    async def answer(self, body, http):
+        """Both POST routes: check the body, give its prompts to the engine, stream or collect."""
+        def token_ids():            # runs in a thread, because it would block the event loop
+            return [self.llm.check_prompt(prompt, params)
+                    for prompt in body.prompts(self.template)]
 
         try:
             if body.model != self.llm.name:

@@ -1,7 +1,7 @@
 """Workloads: how long prompts and outputs are, and when requests arrive.
 
-Both are drawn, or read from files. Knows nothing of the engine; reading text takes a tokenizer.
-Test: pytest test_neo.py -k "lengths or workload"
+Both are drawn, or read from files. Knows nothing of the engine; to read text it loads a tokenizer.
+Test: pytest test_neo.py -k "lengths or workload or figures"
 """
 import csv
 import json
@@ -35,7 +35,7 @@ class Workload:
     arrivals: list      # seconds after the start, ascending
     source: str         # where the lengths come from
     clipped: int        # requests that were shortened to the length limit
-    pace: str = "all at once"   # the arrivals in words
+    pace: str = "all at once"   # what the arrivals are, in words
 
 
 def draw_lengths(statistics, n, rng):
@@ -149,7 +149,7 @@ def num_tokens(prompt):
 
 
 def fit_requests(prompts, output_lens, limit):
-    """Shorten requests to `limit` tokens, outputs at most to limit / 2.
+    """Shorten requests to `limit` tokens; an output keeps at least limit / 2 of its own.
 
     Returns (prompts, output lengths, number of requests that were shortened).
     """

@@ -45,11 +45,16 @@ PAPER_9 = {"t4": 7.5, "g5.4xlarge": 1.26, "2xh100": 1.14}    # peaks over output
 # LLM's options
 T4 = dict(model="llama-7b", simulate="t4", gpu_blocks=54, cpu_mem=20e9 / GIB,
           max_batch_tokens=832)
-A10G = dict(model="llama-8b", gpu_blocks=1650, max_batch_tokens=20480)
-H100 = dict(model="llama-70b", simulate="2xh100", max_batch_tokens=20480)
+A10G = dict(model="llama-8b", gpu_blocks=1650,
+            max_batch_tokens=20480)
+H100 = dict(model="llama-70b", simulate="2xh100",
+            max_batch_tokens=20480)
 GRID_BEDS = {
-    "t4": "llama-7b", "g5.4xlarge": "llama-8b", "g5.16xlarge": "llama-8b", "l4": "llama-8b",
-    "4090": "llama-8b", "a100": "llama-13b", "2xh100": "llama-70b", "h200": "llama-70b"}
+    "t4": "llama-7b",
+    "g5.4xlarge": "llama-8b", "g5.16xlarge": "llama-8b",
+    "l4": "llama-8b", "4090": "llama-8b",
+    "a100": "llama-13b",
+    "2xh100": "llama-70b", "h200": "llama-70b"}
 GRID_WORK = ((1000, 20), (1000, 50), (1000, 100), (1000, 200), (1000, 400),
              "osc", "azure-code", "azure-conv")
 GRID_BUDGETS = 0.01, 0.05, 0.2, 0.5     # share of the KV that GRID_RESIDENT requests need
@@ -70,10 +75,10 @@ def point(spec):
     workload, path = options.pop("workload"), options.pop("dataset_path", None)
     share = options.pop("kv_share", None)
     rng = np.random.default_rng(options["seed"])
-    name, lengths = workload, (None, None)
+    name, mean_lens = workload, (None, None)
     if not isinstance(workload, str):
-        name, lengths = "random", workload
-    prompts, output_lens, source = draw_requests(name, path, n, *lengths, rng)
+        name, mean_lens = "random", workload
+    prompts, output_lens, source = draw_requests(name, path, n, *mean_lens, rng)
     limit = min(8000, load_config(options["model"]).max_position)
     prompts, output_lens, clipped = fit_requests(prompts, output_lens, limit)
     lengths = list(zip(prompts, output_lens, strict=True))
@@ -123,7 +128,8 @@ def figure_6c(args):
              "gpu-only": (*PAPER_6C["gpu-only"], 0.5, 0.6, 0.7)}
     spec = T4 | dict(workload="osc", n=args.num_prompts or 2000, seed=args.seed,
                      dataset_path=args.dataset_path)
-    specs = {(s, r): spec | dict(strategy=s, rate=r) for s in rates for r in rates[s]}
+    specs = {(s, r): spec | dict(strategy=s, rate=r)
+             for s in rates for r in rates[s]}
     results = run(specs, "figure 6c")
     lines = [f"{'strategy':10s}{'req/s':>7s}{'ours, s/token':>15s}"
              f"{'paper':>8s}{'ratio':>8s}"]
@@ -199,7 +205,8 @@ def figure_9(args):
     results, lines, panel = ratios(args, "9", beds)
     for bed, peak in PAPER_9.items():
         ours = [y for label, curve in panel.series.items()
-                if label.startswith(f"{bed},") for y in curve.values()]
+                if label.startswith(f"{bed},")
+                for y in curve.values()]
         if ours:
             lines.append(f"peak on {bed}: ours {max(ours):.2f}, paper {peak}, "
                          f"ratio {max(ours) / peak:.2f}; least {min(ours):.2f}")
@@ -211,12 +218,16 @@ def figure_grid(args):
     spec = dict(n=args.num_prompts or 500, rate=math.inf, seed=args.seed,
                 max_batch_tokens=8192)
     keys = list(product(GRID_BEDS, GRID_WORK, GRID_BUDGETS))
-    specs = {(bed, work, share, s): spec | dict(
-        model=GRID_BEDS[bed], simulate=bed, workload=work, kv_share=share, strategy=s)
-        for bed, work, share in keys for s in ("gpu-only", "neo")}
+    specs = {}
+    for bed, work, budget in keys:
+        for s in ("gpu-only", "neo"):
+            specs[bed, work, budget, s] = spec | dict(
+                model=GRID_BEDS[bed], simulate=bed, workload=work,
+                kv_share=budget, strategy=s)
     results = run(specs, "grid")
     base = {key: results.get((*key, "gpu-only")) for key in keys}
-    neo = {key: results[(*key, "neo")] for key in keys if (*key, "neo") in results}
+    neo = {key: results[(*key, "neo")]
+           for key in keys if (*key, "neo") in results}
     over = {key: neo[key]["output_throughput"] / base[key]["output_throughput"]
             for key in neo}
     share = {key: neo[key]["fluid_share"] for key in neo}
@@ -263,8 +274,10 @@ def main(argv=None):
     if args.save_result or args.result_filename:
         config = {"figure": args.figure, "seed": args.seed,
                   "num_prompts": args.num_prompts}
-        points = {", ".join(map(str, key)): {name: result[name] for name in SAVED}
-                  for key, result in results.items()}
+        points = {}
+        for key, result in results.items():
+            label = ", ".join(map(str, key))
+            points[label] = {metric: result[metric] for metric in SAVED}
         write_json(args.result_filename or f"figure-{args.figure}.json",
                    {"config": config, "table": lines, "results": points})
     if args.plot:

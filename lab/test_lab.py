@@ -31,14 +31,14 @@ def test_load_latency_curves(tmp_path, capsys):
     for each strategy."""
     t4 = ["--model", "llama-7b", "--simulate", "t4", "--gpu-blocks", "54", "--dataset-name", "osc"]
     load_latency.main(
-        [*t4, "--num-prompts", "80", "--rates", "0.2,2", "--at-latency", "0.4", "--goodput",
+        [*t4, "--num-prompts", "30", "--rates", "0.2,2", "--at-latency", "0.2", "--goodput",
          "ttft:3000", "tpot:300", "--result-filename", str(tmp_path / "r.json")])
     saved, out = json.loads((tmp_path / "r.json").read_text()), capsys.readouterr().out
     for s, points in saved["results"].items():
         took = {float(r): x["per_token_latency_ms"] / 1e3 for r, x in points.items()}
         found = saved["at_latency"][s]
-        assert {0.2, 2.0} <= took.keys() and took[found] <= 0.4
-        assert min(r for r, t in took.items() if t > 0.4 and r > found) < 1.03 * found
+        assert {0.2, 2.0} <= took.keys() and took[found] <= 0.2
+        assert min(r for r, t in took.items() if t > 0.2 and r > found) < 1.03 * found
         assert all(x["request_goodput"] <= x["request_throughput"] for x in points.values())
         assert points["0.2"]["request_goodput"] > 0
     assert saved["at_latency"]["neo"] > 2 * saved["at_latency"]["gpu-only"]
@@ -173,7 +173,8 @@ def test_a_simulation_from_a_measured_profile_follows_the_real_engine(capsys):
     assert 0 < simulated.stats()["wall_s"] < 100 * real.stats()["wall_s"]
 
 
-def test_figures(tmp_path, capsys):
+def test_figures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)     # one worker: importing torch takes longest
     assert figures.rate_at({0.5: 0.1, 1.0: 0.2, 2.0: 1.2}, 0.7) == pytest.approx(1.5)
     assert figures.rate_at({0.5: 0.1, 1.0: 0.2}, 5) == 1.0
     with pytest.raises(SystemExit):
@@ -181,7 +182,7 @@ def test_figures(tmp_path, capsys):
     assert "'7'" in capsys.readouterr().err
     pytest.importorskip("matplotlib")
     files = tmp_path / "f.json", tmp_path / "f.png"
-    figures.main(["6c", "--num-prompts", "40", "--result-filename", str(files[0]),
+    figures.main(["6c", "--num-prompts", "10", "--result-filename", str(files[0]),
                   "--plot", str(files[1])])
     assert "gpu-only" in capsys.readouterr().out
     assert len(json.loads(files[0].read_text())["results"]) == 13

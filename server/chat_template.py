@@ -1,6 +1,6 @@
 """The chat template that lies beside a checkpoint: messages -> token ids of a prompt.
 
-Refuses to know the server and the engine. Test: pytest server/test_server.py -k template
+Refuses to know the server and the engine. Test: pytest server -k template
 """
 from datetime import datetime
 from pathlib import Path
@@ -11,8 +11,8 @@ from checkpoint import read_json
 def load_chat_template(model, tokenizer):
     """A function, [{"role": str, "content": str}] -> token ids; None without a template.
 
-    Raises ValueError without the package jinja2 and on a template that jinja2 cannot read; the
-    function raises it on messages that the template refuses.
+    Raises ValueError without the package jinja2, and on a template that jinja2 cannot read. The
+    function raises ValueError on messages that the template refuses.
     """
     config, source = read_template(Path(model))
     if source is None or tokenizer is None:
@@ -45,7 +45,7 @@ def load_chat_template(model, tokenizer):
         except (TemplateError, TypeError) as error:
             raise ValueError(f"messages: the chat template refuses them ({error})") from None
         has_bos = bool(bos) and prompt.startswith(bos)
-        if has_bos and tokenizer.sp:    # sentencepiece adds bos as an id: it cannot read its text
+        if has_bos and tokenizer.sp:    # sentencepiece knows bos as an id, not as text
             return tokenizer.encode(prompt[len(bos):])
         return tokenizer.encode(prompt, special=not has_bos)
     return render
@@ -64,5 +64,5 @@ def read_template(folder):
 
 
 def token_text(token):
-    """A token of tokenizer_config.json, which is a str, a dict or None -> its text."""
+    """token: as in tokenizer_config.json, a str, {"content": str} or None."""
     return token.get("content") if isinstance(token, dict) else token or ""

@@ -21,7 +21,7 @@ from server.metrics import Metrics
 
 LEAVING = "the server is shutting down"
 MAX_FAILURES = 3            # steps that fail in a row: then the engine ends
-UNHEALTHY_SECONDS = 10.0    # /health reports a failed step so long, or until a step succeeds
+UNHEALTHY_SECONDS = 10.0    # that /health reports a failed step, unless a later one succeeds
 
 
 class Refused(Exception):
@@ -33,7 +33,7 @@ class Refused(Exception):
 
 
 class Delta(NamedTuple):
-    """What one iteration added to one prompt's output; or, at the end, all of the output."""
+    """What one iteration added to one prompt's output."""
     index: int                  # of the prompt in its call
     text: str
     token_ids: list
@@ -105,11 +105,13 @@ class EngineThread(threading.Thread):
     # ---- called by other threads
 
     def submit(self, prompts, params, streamed=True):
-        """Queue one call's prompts (token ids that check_prompt accepted). Returns their Stream.
+        """Queue the prompts of one call. Returns their Stream.
 
-        A Stream that is not streamed is read only at its end, and so may fall behind. Raises
-        Refused if the queue is full or the engine has ended, ValueError if the call is longer
-        than the queue.
+        prompts   lists of token ids that LLM.check_prompt has accepted
+        streamed  False: nobody reads before the end, so any number of Deltas may wait
+
+        Raises Refused if the queue is full or no more requests are taken, ValueError if the call
+        is longer than the queue.
         """
         if len(prompts) > self.max_queue:
             raise ValueError(f"{len(prompts)} prompts in one call: at most {self.max_queue} "
@@ -156,7 +158,7 @@ class EngineThread(threading.Thread):
         except BaseException as error:      # of any kind: no reader may be left waiting
             with self.changed:
                 self.dead = True
-                self.failure = self.failure or describe(error)
+                self.failure = self.failure or failure_text(error)
                 streams = {p.stream for p in self.in_flight.values()}
                 streams |= {stream for stream, _, _ in self.inbox}
                 self.inbox.clear()
@@ -165,9 +167,9 @@ class EngineThread(threading.Thread):
             self._send([(stream, None) for stream in streams])
 
     def _enter_and_abort(self):
-        """Sleep until there is work; add new requests to the LLM, abort dropped Streams.
+        """Sleep until there is work. Add new requests to the LLM, abort dropped Streams.
 
-        False: the server leaves and nothing is in flight.
+        Returns False at the end: no more requests are taken, and none is in flight.
         """
         with self.changed:
             self.changed.wait_for(
@@ -193,7 +195,7 @@ class EngineThread(threading.Thread):
         except Exception as error:
             traceback.print_exc(file=sys.stderr)
             self.num_failures += 1
-            self.failure, self.failed_at = describe(error), time.perf_counter()
+            self.failure, self.failed_at = failure_text(error), time.perf_counter()
             if self.num_failures == MAX_FAILURES:
                 raise
             for stream in {p.stream for request_id, p in self.in_flight.items()
@@ -233,7 +235,7 @@ class EngineThread(threading.Thread):
             self._abort(stream, f"aborted: the client fell more than {self.buffer} tokens behind")
 
     def _send(self, events):
-        """Queue [(Stream, Delta or None)] in one call to the event loop: no other thread may."""
+        """Put [(Stream, Delta or None)] into the Streams; only the event loop's thread may."""
         def put():
             for stream, event in events:
                 stream.events.put_nowait(event)
@@ -243,5 +245,5 @@ class EngineThread(threading.Thread):
             pass
 
 
-def describe(error):
+def failure_text(error):
     return f"the engine failed: {type(error).__name__}: {error}"

@@ -17,10 +17,14 @@ class Metrics:
         def new(kind, name, text, *labels, **options):
             return kind(f"neo_{name}", text, labels, registry=self.registry, **options)
 
-        self.waiting = new(Gauge, "requests_waiting", "Requests that wait for their prefill")
-        self.running = new(Gauge, "requests_running", "Requests that hold KV, by tier", "tier")
-        self.used = new(Gauge, "kv_blocks_used", "KV blocks in use, by tier", "tier")
-        self.total = new(Gauge, "kv_blocks_total", "KV blocks, by tier", "tier")
+        self.waiting = new(
+            Gauge, "requests_waiting", "Requests that wait for their prefill")
+        self.running = new(
+            Gauge, "requests_running", "Requests that hold KV, by tier", "tier")
+        self.used = new(
+            Gauge, "kv_blocks_used", "KV blocks in use, by tier", "tier")
+        self.total = new(
+            Gauge, "kv_blocks_total", "KV blocks, by tier", "tier")
         self.ttft = new(
             Histogram, "ttft_seconds", "Time to the first token", buckets=BUCKETS)
         self.tpot = new(
@@ -29,7 +33,8 @@ class Metrics:
             Counter, "prompt_tokens", "Prompt tokens of finished requests")
         self.tokens = new(
             Counter, "output_tokens", "Output tokens of finished requests")
-        self.requests = new(Counter, "requests", "Finished requests, by reason", "reason")
+        self.requests = new(
+            Counter, "requests", "Finished requests, by reason", "reason")
 
     def finished(self, out, seconds):
         """Count a RequestOutput. seconds: from its first token to its last."""

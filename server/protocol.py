@@ -74,10 +74,11 @@ class Completion(Common):
     def wants_logprobs(self):
         return self.logprobs is not None
 
-    def prompts(self):
-        """A list of str or of lists of token ids. Raises ValueError on anything else.
+    def prompts(self, template=None):
+        """A list of str or of lists of token ids, without use of the template (see Chat).
 
-        Pydantic does not check this, as it would block the event loop on a long prompt.
+        Raises ValueError on anything else. Pydantic does not check this: on a long prompt it
+        would block the event loop.
         """
         if self.echo or self.suffix:
             raise ValueError("echo and suffix are not supported: leave them out")
@@ -113,6 +114,10 @@ class Chat(Common):
     @property
     def wants_logprobs(self):
         return bool(self.logprobs)
+
+    def prompts(self, template):
+        """All messages as one prompt, [token ids]. template: see chat_template.py."""
+        return [template([{"role": m.role, "content": m.text()} for m in self.messages])]
 
 
 def is_token_ids(value):
