@@ -74,10 +74,17 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description, **kwargs):
         super().__init__(description=description, allow_abbrev=False, **kwargs)
 
+    @property
+    def has_testbed(self):
+        return "--testbed" in self._option_string_actions
+
     def parse_args(self, argv=None):
         argv = sys.argv[1:] if argv is None else argv
         for flag in (arg.partition("=")[0] for arg in argv):
-            if flag in MOVED and flag not in self._option_string_actions:
+            moved = flag in MOVED and flag not in self._option_string_actions
+            if moved and MOVED[flag].startswith("--testbed") and not self.has_testbed:
+                self.error(f"{flag} is a number of a testbed: this command simulates none")
+            if moved:
                 self.error(f"{flag} is no flag of this command any more. Now: {MOVED[flag]}")
         return super().parse_args(argv)
 

@@ -105,8 +105,9 @@ def check_plan(s, plan, before):
         fail(s, f"{recomputed} of {rows} rows recompute what s.preempt threw away: it thrashes")
 
 
-def fail(s, fault):
-    raise StrategyError(f"strategy {s.strategy.name}: {fault}")
+def fail(s, fault, cause=None):
+    """Raise a StrategyError that names the strategy of Scheduler s."""
+    raise StrategyError(f"strategy {s.strategy.name}: {fault}") from cause
 
 
 def _check_rows(s, plan):
@@ -162,10 +163,12 @@ def _check_moves(s, plan, before):
 
 def check_speed(s, plan):
     """Raise StrategyError after a long row of plans that leave decodes out and are slow by it."""
+    if not plan.predicted:
+        return
     slow = False
     everybody = Batch(plan.prefill, s.decodes("gpu"), s.decodes("cpu"))
     num_left_out = len(everybody.requests) - len(plan.requests)
-    if num_left_out and plan.predicted:
+    if num_left_out:
         num_sampled = len(everybody.sampled)
         predicted = s.perf.iteration([s.perf.load(everybody.work())], [num_sampled])
         rate = len(plan.sampled) / plan.predicted.total_ms

@@ -17,7 +17,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from plan import Batch, Plan, StrategyError, check_plan, check_speed
+from plan import Batch, Plan, StrategyError, check_plan, check_speed, fail
 from request import Request
 
 PACE = 256            # Stop admitting prompts after 256 prompt tokens in one iteration (the last
@@ -88,8 +88,7 @@ class Scheduler:
         except StrategyError:
             raise
         except Exception as error:
-            fault = f"form() failed with {type(error).__name__}: {error}"
-            raise StrategyError(f"strategy {self.strategy.name}: {fault}") from error
+            fail(self, f"form() failed with {type(error).__name__}: {error}", error)
         check_plan(self, plan, before)
         if self.perf and plan.batches:
             loads = [self.perf.load(b.work()) for b in plan.batches]
@@ -174,8 +173,7 @@ class Scheduler:
         admitted until the next iteration, unless nothing runs.
         """
         if unknown := set(tiers) - set(self.strategy.tiers):
-            raise StrategyError(f"strategy {self.strategy.name}: admits to {sorted(unknown)}, but "
-                                f"its tiers are {self.strategy.tiers}")
+            fail(self, f"admits to {sorted(unknown)}, but its tiers are {self.strategy.tiers}")
         begun = [r for t in tiers for r in self.running[t].values() if not r.is_decoding]
         for r in sorted(begun, key=self._rank):
             if self._tokens_left(plan) > 0:
@@ -270,8 +268,7 @@ class Scheduler:
 
     def _swap(self, moved, r, tier):
         if r.tier in (None, tier) or not r.is_decoding:
-            raise StrategyError(f"strategy {self.strategy.name}: {r} is no decode of the other "
-                                f"tier, so it cannot move to the {tier} tier")
+            fail(self, f"{r} is no decode of the other tier, so it cannot move to the {tier} tier")
         if not self._fits(tier, r):
             return False
         self._leave(r)
@@ -281,8 +278,8 @@ class Scheduler:
 
     def _to_queue(self, plan, r):
         if r in plan.prefill + plan.swap_in + plan.swap_out:
-            raise StrategyError(f"strategy {self.strategy.name}: {r} was admitted or swapped in "
-                                "this iteration, so it cannot be preempted in the same one")
+            fail(self, f"{r} was admitted or swapped in this iteration, so it cannot be preempted "
+                       "in the same one")
         self._leave(r)
         r.num_cached = 0
         self.waiting.appendleft(r)
