@@ -23,11 +23,11 @@ import numpy as np
 from tqdm import tqdm
 
 import report
+from bounds import fluid_limit
 from checkpoint import load_config
 from kernels.cpu_bandwidth import host_read_bandwidth
 from neo import LLM, SamplingParams
 from options import Parser, add_engine_flags, engine_options
-from perfmodel import fluid_limit
 from startup import BLOCK_SIZE, machine, resolve_device
 from strategies import find_strategy
 from workload import DATASETS, Workload, draw_arrivals, draw_requests, fit_requests, num_tokens

@@ -22,7 +22,6 @@ from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 import cpu_attn
 
@@ -34,10 +33,29 @@ def as_numpy(tensor):
     return (tensor.view(torch.uint16) if tensor.element_size() == 2 else tensor).numpy()
 
 
+class TorchOps:
+    """What lies between the matrix products, in plain torch."""
+
+    @staticmethod
+    def rotate_(qkv, cos, sin, positions, heads):
+        """RoPE in place on the first `heads` heads of qkv [N, ., D], with the halves of a head as
+        pairs (Hugging Face's layout); cos, sin [max_len, D/2] float32, positions [N]."""
+        c, s = (table[positions][:, None] for table in (cos, sin))                  # [N, 1, D/2]
+        x = qkv[:, :heads]
+        first, second = x.chunk(2, -1)
+        x.copy_(torch.cat((first * c - second * s, second * c + first * s), -1))
+
+    @staticmethod
+    def swiglu(gate_up):
+        """[N, 2 F], gate and up side by side -> [N, F] = silu(gate) up."""
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+
 class Backend(ABC):
     """All that model.py uses of a back end. Its __init__ raises ValueError where it cannot run."""
     padded = False      # does it skip rows of padding (slot -1, length 0)? CUDA graphs need that
-    ops = None          # a module with rotate_ and swiglu; None: model.TorchOps
+    ops = TorchOps      # or a module with the same functions, in one kernel each
 
     @abstractmethod
     def __init__(self, device, dtype):
@@ -96,7 +114,10 @@ class TorchAttention(Backend):
                       for x in (k, v))
             if qi.is_cuda and G > 1:    # kernels without [n, m] scores in memory need equal heads
                 ki, vi = (x.repeat_interleave(G, 1) for x in (ki, vi))
-            mask = {"is_causal": True} if n == m else {"attn_mask": causal_lower_right(n, m)}
+            mask = {"is_causal": True}
+            if n < m:                   # a chunk. Its import takes a second, so it is done here
+                from torch.nn.attention.bias import causal_lower_right
+                mask = {"attn_mask": causal_lower_right(n, m)}
             o = F.scaled_dot_product_attention(
                 qi, ki, vi, scale=scale, enable_gqa=ki.shape[1] != qi.shape[1], **mask)
             out[start:end] = o[0].transpose(0, 1)

@@ -16,9 +16,10 @@ import torch
 from tqdm import tqdm
 
 from kvcache import KVCache
+from model import SAMPLED_AT_ONCE, draw
 from perfmodel import load_profile, save_profile
 from plan import Batch
-from request import Request
+from request import Request, SamplingParams
 from scheduler import MAX_RUNNING
 from startup import CUDA_SHARE, GIB, device_name, fmt_gib
 
@@ -65,10 +66,16 @@ def made_up_request(kv, num_tokens, tier, decoding=False):
     return r
 
 
-def measure_gpu_blocks(model, budget, gpu_mem, draw):
+def draw_some(logits):
+    """Sample as many rows as are sampled at once."""
+    n = min(len(logits), SAMPLED_AT_ONCE)
+    draw(logits[:n], [SamplingParams(temperature=1.0)] * n, [0.5] * n)
+
+
+def measure_gpu_blocks(model, budget, gpu_mem):
     """KV blocks that the GPU has room for, beside the loaded weights and the largest activations.
 
-    The activations are measured on the largest sub-batches, with draw(logits) for the sampling.
+    The activations are measured on the largest sub-batches, sampling included.
     gpu_mem  GiB that weights, activations and KV share; None: what is free, except a small reserve
 
     Raises ValueError if not one block fits.
@@ -91,7 +98,7 @@ def measure_gpu_blocks(model, budget, gpu_mem, draw):
             cuda.empty_cache()
             cuda.reset_peak_memory_stats()
             start = cuda.memory_reserved()
-            draw(model.run([b], kv, depth)[0])
+            draw_some(model.run([b], kv, depth)[0])
             peaks.append(cuda.max_memory_reserved() - start)
             del b
         del kv

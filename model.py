@@ -104,7 +104,7 @@ class Model:
                  gpu_attn, eager=False, seed=0):
         self.cfg, self.dtype, self.device, self.cpu_threads = cfg, dtype, device, cpu_threads
         self.queue = CudaQueue() if device.type == "cuda" else ThreadQueue(gpu_threads)
-        self.attn, self.ops, self.max_len = gpu_attn, gpu_attn.ops or TorchOps, max_len
+        self.attn, self.ops, self.max_len = gpu_attn, gpu_attn.ops, max_len
         self.captures = None                        # made by allow_captures
         self.may_capture = gpu_attn.padded and not eager
         self.cpu_dtype, self.cpu_format = cpu_dtype, DTYPE_NAMES[cpu_dtype]
@@ -380,26 +380,6 @@ class Model:
         launches = ", decodes in CUDA graphs" if self.may_capture else ", launched one by one"
         launches = launches if self.device.type == "cuda" else ""
         return f"GPU tier: {self.attn.describe()}{launches}; CPU tier: Numba, {path} path"
-
-
-class TorchOps:
-    """What lies between the matrix products, in plain torch. kernels/triton_kernels.py has the same
-    in one kernel each."""
-
-    @staticmethod
-    def rotate_(qkv, cos, sin, positions, heads):
-        """RoPE in place on the first `heads` heads of qkv [N, ., D], with the halves of a head as
-        pairs (Hugging Face's layout); cos, sin [max_len, D/2] float32, positions [N]."""
-        c, s = (table[positions][:, None] for table in (cos, sin))                  # [N, 1, D/2]
-        x = qkv[:, :heads]
-        first, second = x.chunk(2, -1)
-        x.copy_(torch.cat((first * c - second * s, second * c + first * s), -1))
-
-    @staticmethod
-    def swiglu(gate_up):
-        """[N, 2 F], gate and up side by side -> [N, F] = silu(gate) up."""
-        gate, up = gate_up.chunk(2, -1)
-        return F.silu(gate).mul_(up)
 
 
 def rope_table(cfg, max_len):

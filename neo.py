@@ -22,7 +22,7 @@ from checkpoint import StreamDecoder, load_config, load_tokenizer
 from gpu_attn import choose
 from kvcache import KVCache
 from measure import measure_gpu_blocks, profile_points, warm_up
-from model import SAMPLED_AT_ONCE, Model, draw, sample
+from model import Model, sample
 from options import Options, Parser, add_engine_flags, engine_options
 from perfmodel import (
     Prediction,
@@ -91,13 +91,7 @@ class LLM:
         self.load_seconds = time.perf_counter() - start
         self.model.allow_captures(-(-budget.max_model_len // budget.block_size))
         if self.device.type == "cuda" and options.gpu_blocks is None:
-            params = [SamplingParams(temperature=1.0)] * SAMPLED_AT_ONCE
-
-            def sample_some(logits):
-                n = min(len(logits), SAMPLED_AT_ONCE)
-                draw(logits[:n], params[:n], [0.5] * n)
-            budget.num_blocks["gpu"] = measure_gpu_blocks(
-                self.model, budget, options.gpu_mem, sample_some)
+            budget.num_blocks["gpu"] = measure_gpu_blocks(self.model, budget, options.gpu_mem)
             budget.check_length(options.strategy, tiers, options.max_model_len)
         self.kv = KVCache(self.model.kv_geometry, budget.block_size, budget.num_blocks,
                           budget.max_model_len, budget.kv_dtypes, self.device)

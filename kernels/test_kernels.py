@@ -26,8 +26,9 @@ if not torch.cuda.is_available():
 import cpu_attn
 import gpu_attn
 from checkpoint import PRESETS
+from gpu_attn import TorchOps
 from kernels import cpu_bandwidth, cpu_tiles, llvm_code
-from model import TorchOps, rope_table
+from model import rope_table
 
 GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 THREADS = range(1, min(2, cpu_attn.numba.config.NUMBA_NUM_THREADS) + 1)
