@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 import report
-from bounds import fluid_limit
+from bounds import fluid_limit, pipelining_bound
 from checkpoint import load_config
 from kernels.cpu_bandwidth import host_read_bandwidth
 from neo import LLM, SamplingParams
@@ -112,12 +112,23 @@ def engine_metrics(llm, work, result):
         "cpu_busy": stats["cpu_busy_s"] / result["duration"]}
     more |= {key: stats[key] for key in COUNTERS}
     if llm.testbed:
-        lengths = [(len(p), n) for p, n in zip(work.prompts, work.output_lens, strict=True)]
-        rate, binds = fluid_limit(llm.model.perf, lengths, budget["gpu"], budget["cpu"])
+        rate, binds = fluid_limit(llm.model.perf, work.lengths, budget["gpu"], budget["cpu"])
         more["fluid_request_rate"] = rate
         more["fluid_share"] = result["request_throughput"] / rate
         more["fluid_binds"] = ", ".join(binds)
     return more
+
+
+def add_pipelining_bound(llm, work, results):
+    """Add to simulated results what one or two passes over the weights can reach at best."""
+    try:
+        for r in results.values():
+            rate = pipelining_bound(llm.model.perf, work.lengths, r["kv_budget_gpu_tokens"],
+                                    r["kv_budget_cpu_tokens"])
+            r["pipelining_request_rate"] = rate
+            r["pipelining_share"] = r["request_throughput"] / rate
+    except ImportError:
+        print("note: with the package scipy, the bound of pipelining would stand here too.")
 
 
 def run_rounds(engines, work, repeats, trace=None):
@@ -327,6 +338,8 @@ def finish(args, llm, work, rounds, trace=None, metrics=report.METRICS, compare_
     """
     results = {name: report.median_result([run.result for run in runs])
                for name, runs in rounds.items()}
+    if llm.testbed:
+        add_pipelining_bound(llm, work, results)
     outputs = {}
     if compare_tokens and not args.simulate:
         outputs = {name: runs[-1].outputs for name, runs in rounds.items()}

@@ -1,4 +1,15 @@
-"""What no schedule can exceed: `fluid_limit`. Knows the roofline, and no engine."""
+"""What no schedule can exceed: the fluid limit, and the bound of pipelining.
+
+`fluid_limit` lets all resources be used at once, by any schedule. `pipelining_bound` lets an
+iteration read the weights once or twice, as the strategies here do: what remains below it is the
+scheduler's, what lies above it needs a faster scan of the KV, or fewer bytes. Knows no engine.
+"""
+import numpy as np
+
+from aim import MeanRequest, SteadyState
+
+PROMPT_TOKENS = (0, 16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 2048)
+SPLITS = [(x, y / 10) for x in (0, 0.2, 0.35, 0.5) for y in range(4, 11)]
 
 
 def fluid_limit(perf, lengths, gpu_tokens, cpu_tokens):
@@ -58,3 +69,36 @@ def fluid_limit(perf, lengths, gpu_tokens, cpu_tokens):
            "CPU memory": c * K / cpu_tokens / f if cpu_tokens else 0.0,
            "PCIe": c * X}
     return g + c, [name for name, share in use.items() if share > 1 - 1e-9]
+
+
+def pipelining_bound(perf, lengths, gpu_tokens, cpu_tokens):
+    """Requests per second that no mix of iterations can exceed, if each is one sub-batch or two.
+
+    An iteration of a kind j takes t_j seconds and has p_j prompt tokens, g_j GPU decodes and c_j
+    CPU decodes. A linear programme chooses how often each kind runs, x_j per second:
+
+        maximise  G + C                             requests per second that decode in either tier
+        so that   sum x_j t_j <= 1,                 sum x_j p_j = i (G + C)
+                  sum x_j g_j = (o - 1) G,          sum x_j c_j = (o - 1) C
+
+    with i, o = mean tokens in and out. KV that prompts in progress hold, block rounding and the
+    ramps of a run are left out. Arguments as of fluid_limit. Needs scipy.
+    """
+    from scipy.optimize import linprog
+    mean = MeanRequest.of([(i, max(o, 2)) for i, o in lengths])
+    steady, (i, o, kv, _) = SteadyState(perf, mean), mean
+    most_cpu = cpu_tokens / kv
+    cpu_decodes = [0, *(1.1 ** k for k in range(100) if 1.1 ** k < most_cpu), most_cpu]
+    kinds = [(p, g, c) for p in PROMPT_TOKENS for g in (0, gpu_tokens / kv) for c in cpu_decodes
+             if p + g + c]
+    stored = 0.5                        # share of the prompts that go to the CPU tier: settles
+    for _ in range(2):
+        seconds = [steady.ms(p, g, c, stored if most_cpu else 0, SPLITS) / 1e3
+                   for p, g, c in kinds]
+        flows = np.array(kinds).T
+        rates = np.array([[-i, -i], [1 - o, 0], [0, 1 - o]])
+        done = linprog([0] * len(kinds) + [-1, -1], [seconds + [0, 0]], [1],
+                       np.hstack([flows, rates]), [0, 0, 0])
+        gpu_rate, cpu_rate = done.x[-2:]
+        stored = cpu_rate / (gpu_rate + cpu_rate)
+    return gpu_rate + cpu_rate

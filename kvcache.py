@@ -13,13 +13,17 @@ right: running short here is a scheduler bug. Knows no text, policy or model mat
 reads id, tier, num_cached, num_scheduled and tokens. Glossary of symbols: model.py.
 """
 import mmap
+import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 import torch
 
+import cpu_attn
 from gpu_attn import as_numpy
+from perfmodel import Span
 
 HUGE_PAGE = 2 << 20
 STAGE_BYTES = 64 << 20  # pinned staging buffer for swaps on CUDA: large enough for full PCIe speed
@@ -45,7 +49,8 @@ class SubBatch:
     gpu_slots: torch.Tensor     # [prefill rows of the GPU tier + num_gpu_rows] int32, device
     gpu_table: torch.Tensor     # [num_gpu_rows, blocks] int32, device
     gpu_lens: torch.Tensor      # [num_gpu_rows] int32, device, new token included
-    cpu_slots: np.ndarray       # [num_stored + num_cpu] int64: block * bs + offset
+    stored_slots: np.ndarray    # [num_stored] int64: block * bs + offset
+    cpu_slots: np.ndarray       # [num_cpu] int64
     cpu_table: np.ndarray       # [num_cpu, blocks] int32
     cpu_lens: np.ndarray        # [num_cpu] int32, new token included
 
@@ -53,6 +58,12 @@ class SubBatch:
     def num_host_rows(self):
         """Rows whose k and v go to host memory."""
         return self.num_stored + self.num_cpu
+
+    @property
+    def stored_past(self):
+        """prefill_past of the prompts bound for the CPU tier."""
+        num_prompts = sum(end <= self.num_stored for end in accumulate(self.prefill_lens))
+        return self.prefill_past[:num_prompts]
 
 
 @dataclass
@@ -117,7 +128,11 @@ class KVCache:
         self.free_rows = list(range(15, -1, -1))
         self.mover = ThreadPoolExecutor(1, "mover", torch.set_num_threads, (1,))
         self.moves = []                                 # (layer, its copy) of the present swaps
-        self.stream = self.stage = None                 # of the copies, on CUDA
+        self.stream = self.stage = None                 # of these copies, on CUDA
+        # KV of prompts on its way between the tiers, on a thread of its own
+        self.porter = ThreadPoolExecutor(1, "porter", self._start_porter)
+        self.fetched, self.stored = {}, {}              # (sub-batch, layer) -> its job
+        self.moved = []                                 # Spans of these jobs, of the present run
 
     # ---- blocks
 
@@ -203,9 +218,13 @@ class KVCache:
                 move.result()
 
     def settle(self):
-        """Wait until no block is being copied, whether the copies succeeded or not."""
-        wait([move for _, move in self.moves])
-        self.moves.clear()
+        """Wait until nothing is being copied, whether the copies succeeded or not -> Spans of the
+        prompts' KV that has moved."""
+        wait([move for _, move in self.moves] + [*self.fetched.values(), *self.stored.values()])
+        for jobs in (self.moves, self.fetched, self.stored):
+            jobs.clear()
+        moved, self.moved = self.moved, []
+        return moved
 
     def _move(self, pairs, src_ids, dst_ids):
         """Copy blocks of one layer's K and V, on the mover's thread; done when it returns. On CUDA
@@ -291,14 +310,14 @@ class KVCache:
         gpu_lens = np.zeros(gpu_rows, np.int32)
         gpu_lens[:num_gpu] = lens[gpu]
         gpu_slots = padded(slots, -1)[num_stored:first_cpu]
-        cpu_slots = np.concatenate([slots[:num_stored], slots[num_prefill + num_gpu:]])
         on_device = self._to_device(tokens=padded(tokens), positions=padded(positions),
                                     sampled_rows=sampled_rows, gpu_slots=gpu_slots,
                                     gpu_table=gpu_table, gpu_lens=gpu_lens)
         return SubBatch(index=index, prefill_lens=prefill_lens,
                         prefill_past=[(r.num_cached, self._past_blocks(r)) for r in batch.prefill],
                         num_stored=num_stored, num_prefill=num_prefill, num_gpu_rows=gpu_rows,
-                        num_cpu=num_cpu, cpu_slots=cpu_slots, cpu_lens=lens[cpu],
+                        num_cpu=num_cpu, stored_slots=slots[:num_stored],
+                        cpu_slots=slots[num_prefill + num_gpu:], cpu_lens=lens[cpu],
                         cpu_table=self._table(seq_rows[cpu], lens[cpu], num_cpu), **on_device)
 
     def _table(self, seq_rows, lens, num_rows):
@@ -323,7 +342,48 @@ class KVCache:
         return {name: there[start:start + a.size].view(a.shape)
                 for start, (name, a) in zip(starts, arrays.items(), strict=True)}
 
-    # ---- earlier chunks of a prompt
+    # ---- KV of prompts that moves between the tiers while other work goes on
+
+    def _start_porter(self):
+        cpu_attn.set_threads(1)                             # thread-local, as is torch's number
+        torch.set_num_threads(1)
+        if self.device.type == "cuda":
+            torch.cuda.set_stream(torch.cuda.Stream())
+
+    def _carry(self, stage, b, layer, work):
+        """Give the porter a job and return it; its time becomes a Span."""
+        def job():
+            start = time.perf_counter()
+            with torch.inference_mode():
+                result = work()
+            if self.device.type == "cuda":
+                torch.cuda.current_stream().synchronize()   # the porter's own
+            self.moved.append(Span("move", stage, layer, b.index, start, time.perf_counter()))
+            return result
+        return self.porter.submit(job)
+
+    def store_prompts(self, b, layer, k, v):
+        """Start to store k, v [num_stored, Hkv, D] (NumPy) of prompts bound for the CPU tier. They
+        are read in later iterations only; until `wait_stored` k and v must not change."""
+        self.stored[b.index, layer] = self._carry("store", b, layer, lambda: cpu_attn.store_kv(
+            k, v, self.cpu_k[layer], self.cpu_v[layer], b.stored_slots))
+
+    def wait_stored(self, b, layer):
+        """Wait until a layer's prompts are stored; raise what went wrong with that."""
+        if job := self.stored.pop((b.index, layer), None):
+            job.result()
+
+    def fetch_past(self, b, layer):
+        """Start to bring a layer's earlier chunks from the CPU tier to the device, for
+        `with_past`."""
+        if any(past for past, _ in b.stored_past):
+            self.fetched[b.index, layer] = self._carry("fetch", b, layer,
+                                                       lambda: self._fetch(b, layer))
+
+    def _fetch(self, b, layer):
+        tier = self.tiers["cpu"]
+        return [[self._gather(cache[layer], blocks) for cache in (tier.k, tier.v)]
+                for _, blocks in b.stored_past]
 
     def _past_blocks(self, r):
         """Where the earlier chunks of a prompt lie, [n] int32, on the side of its tier."""
@@ -337,17 +397,22 @@ class KVCache:
         """k and v of prompts, each with what is cached before it.
 
         k, v [prompt rows, Hkv, D] of this iteration's rows -> (lengths, k, v). What lies in the
-        CPU tier is brought to the device for it.
+        CPU tier was fetched (see `fetch_past`).
         """
         if not any(n for n, _ in b.prefill_past):
             return b.prefill_lens, k, v
+        job, tier = self.fetched.pop((b.index, layer), None), self.tiers["gpu"]
+        pairs = job.result() if job else [(k[:0], v[:0])] * len(b.stored_past)
+        for pair in pairs:
+            for t in pair:
+                if t.is_cuda:           # it was allocated for the porter's stream
+                    t.record_stream(torch.cuda.current_stream())
+        pairs += [[self._gather(cache[layer], blocks) for cache in (tier.k, tier.v)]
+                  for _, blocks in b.prefill_past[len(pairs):]]
         parts, start = ([], []), 0
-        for rows, (past, blocks) in zip(b.prefill_lens, b.prefill_past, strict=True):
-            tier = self.tiers["cpu" if start < b.num_stored else "gpu"]
-            for part, new, cache in zip(parts, (k, v), (tier.k, tier.v), strict=True):
-                if past:
-                    part.append(self._gather(cache[layer], blocks)[:past].to(new.dtype))
-                part.append(new[start:start + rows])
+        for rows, (past, _), pair in zip(b.prefill_lens, b.prefill_past, pairs, strict=True):
+            for part, old, new in zip(parts, pair, (k, v), strict=True):
+                part += old[:past].to(new.dtype), new[start:start + rows]
             start += rows
         lens = [rows + past for rows, (past, _) in zip(b.prefill_lens, b.prefill_past, strict=True)]
         return lens, torch.cat(parts[0]), torch.cat(parts[1])
@@ -360,5 +425,5 @@ class KVCache:
             shape = len(blocks), *cache.shape[1:]
             stage = torch.empty(shape, dtype=cache.dtype, pin_memory=True)
             torch.index_select(cache, 0, blocks, out=stage)
-            found = stage.to(self.device, non_blocking=True)
+            found = stage.to(self.device)       # waits for the porter's own stream alone
         return found.transpose(1, 2).flatten(0, 1)

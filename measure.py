@@ -25,7 +25,7 @@ from startup import CUDA_SHARE, GIB, device_name, fmt_gib
 
 GRAPH_BYTES = 256 << 20     # set aside for CUDA graphs: memory that torch does not count
 PROFILE_SECONDS = 8.0       # time for measuring the profile; what does not fit is left out
-PROFILE_VERSION = 5         # change it when what is measured changes
+PROFILE_VERSION = 6         # change it when what is measured changes
 PROFILE_DIR = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "neo"
 
 
@@ -185,7 +185,8 @@ def measure_profile(model, kv, budget):
     gpu_tokens, cpu_tokens = (kv.tiers[tier].num_blocks * bs for tier in ("gpu", "cpu"))
     points = {k: [] for k in ("linear", "lm_head", "prefill", "gpu_decode", "cpu_decode",
                               "transfer")}
-    longest_prompt = min(budget.max_batch_tokens, budget.max_model_len, cpu_tokens)
+    tier = "cpu" if cpu_tokens else "gpu"
+    longest_prompt = min(budget.max_batch_tokens, budget.max_model_len, cpu_tokens or gpu_tokens)
     prompts = [2 ** i for i in range(14) if 2 ** i <= longest_prompt]
     longest = min(budget.max_model_len, 1024)
     cpu_cases = [(n, part) for n in (1, 4, 16, 64) for part in (4, 1)]
@@ -196,13 +197,14 @@ def measure_profile(model, kv, budget):
     def decode_length(num_requests, tokens_of_tier, part):
         return min(longest, tokens_of_tier // bs // num_requests * bs) // part
 
-    for n in prompts:                                   # one prompt, stored to the CPU tier
+    for n in prompts:                       # one prompt, stored to the CPU tier if there is one
         if not deadline.allows_point(reserve=PROFILE_SECONDS / 3):
             break                                       # the last slope goes on from here
-        ms = time_stages(model, kv, [made_up_request(kv, n, "cpu")], "prefill", deadline)
+        ms = time_stages(model, kv, [made_up_request(kv, n, tier)], "prefill", deadline)
         points["linear"].append([n, ms["linear"]])
         points["prefill"].append([n, ms["attend"]])
-        points["transfer"].append([n * budget.token_bytes["cpu"], ms["cpu_attend"]])
+        if cpu_tokens:
+            points["transfer"].append([n * budget.token_bytes["cpu"], ms["move"]])
         bar.update()
     for n, part in cpu_cases:                           # n decodes of equal length
         length = decode_length(n, cpu_tokens, part)
@@ -218,6 +220,7 @@ def measure_profile(model, kv, budget):
             decodes = [made_up_request(kv, length, "gpu", decoding=True) for _ in range(n)]
             ms = time_stages(model, kv, decodes, "gpu_decodes", deadline)
             points["gpu_decode"].append([n * length, ms["attend"]])
+            points["lm_head"].append([n, ms["lm_head"]])
         bar.update()
     bar.close()
     return points
@@ -231,7 +234,7 @@ def time_stages(model, kv, requests, kind, deadline):
     L = len(model.layers)
     layer_bytes = model.cfg.num_params * model.dtype.itemsize / L
     depth = int(min(L, max(3, -(-100e6 // layer_bytes))))
-    times = {"linear": [], "attend": [], "cpu_attend": [], "lm_head": []}
+    times = {"linear": [], "attend": [], "cpu_attend": [], "move": [], "lm_head": []}
     b = kv.bind(Batch(**{kind: requests}))
     for repeat in range(4):
         start = time.perf_counter()
@@ -242,8 +245,9 @@ def time_stages(model, kv, requests, kind, deadline):
             continue                # warm-up; for decodes also the first touch of their KV
         ms = Counter()
         for span in spans:
-            ms[counted_as(span), span.layer] += 1e3 * (span.end - span.start)
-        once = ms.pop(("linear", 0)) + ms.pop(("linear", L))    # one layer, and the head
+            ms[counted_as(span, kind), span.layer] += 1e3 * (span.end - span.start)
+        # one layer, the embedding and the head
+        once = ms.pop(("linear", 0)) + ms.pop(("linear", L)) + ms.pop(("head", L))
         for (stage, _), value in ms.items():
             times[stage].append(value)
         times["lm_head"].append(max(once - statistics.median(times["linear"]), 0.0))
@@ -254,9 +258,12 @@ def time_stages(model, kv, requests, kind, deadline):
     return {stage: statistics.median(values) for stage, values in times.items() if values}
 
 
-def counted_as(span):
-    """Emulated GPU: the worker thread makes the copies, so their time counts as linear. CUDA: a
-    copy engine makes them, so it counts as time of the CPU rows."""
+def counted_as(span, kind):
+    """The stage whose time a span belongs to. Emulated GPU: the worker thread makes the copies, so
+    their time counts as linear. CUDA: a copy engine makes them, so it counts as time of the CPU
+    decodes, or of moving the prompts' KV."""
+    if span.lane == "move" or (span.lane == "copy" and kind == "prefill"):
+        return "move"
     if span.lane == "copy":
         return "cpu_attend"
     return "linear" if span.stage in ("send", "receive") else span.stage

@@ -58,31 +58,36 @@ class Activations:
     x: torch.Tensor                 # [N, E] hidden state
     qkv: torch.Tensor               # [N, H + 2 Hkv, D] of the present layer
     o: torch.Tensor                 # [N, H, D] attention output
-    logits: torch.Tensor = None     # [S, V] float32, after the last layer
+    last: torch.Tensor = None       # [S, E] hidden state of the sampled rows, after the last layer
 
     def first(self, N):
         return Activations(self.x[:N], self.qkv[:N], self.o[:N])
 
 
 class HostBuffers:
-    """Where q, k, v of a sub-batch's CPU rows arrive, and where their attention output leaves from.
-    Pinned on CUDA."""
+    """Host memory of one sub-batch, pinned on CUDA: q, k, v of CPU decodes arrive here, and their
+    attention output o leaves from here. k and v of prompts bound for the CPU tier have two places,
+    so that one layer's can be stored while the next layer's arrive."""
 
     def __init__(self, num_heads, num_kv_heads, head_dim, kv_dtype, pinned):
-        self.shapes = {"q": (num_heads, head_dim, torch.float32),
-                       "o": (num_heads, head_dim, torch.float32),
-                       "k": (num_kv_heads, head_dim, kv_dtype),
-                       "v": (num_kv_heads, head_dim, kv_dtype)}
+        q, k = (num_heads, head_dim, torch.float32), (num_kv_heads, head_dim, kv_dtype)
+        self.shapes = {"q": q, "o": q, "k": k, "v": k, "prompt_k": k, "prompt_v": k}
         self.pinned, self.numpy = pinned, {}
 
-    def fit(self, num_cpu, num_host_rows):
-        """Make room for num_cpu decode rows, and for num_host_rows rows of k and v."""
+    def fit(self, num_cpu, num_stored):
+        """Make room for num_cpu decode rows, and twice for num_stored prompt rows."""
         for name, (heads, D, dtype) in self.shapes.items():
-            rows = num_cpu if name in "qo" else num_host_rows
+            rows = 2 * num_stored if name.startswith("prompt") else num_cpu
             if name not in self.numpy or len(self.numpy[name]) < rows:
                 t = torch.empty(2 * rows, heads, D, dtype=dtype, pin_memory=self.pinned)
                 setattr(self, name, t)
                 self.numpy[name] = as_numpy(t)
+
+    @staticmethod
+    def place(num_stored, layer):
+        """The rows of prompt_k and prompt_v that a layer uses."""
+        first = num_stored * (layer % 2)
+        return slice(first, first + num_stored)
 
 
 class Model:
@@ -109,7 +114,7 @@ class Model:
         self.may_capture = gpu_attn.padded and not eager
         self.cpu_dtype, self.cpu_format = cpu_dtype, DTYPE_NAMES[cpu_dtype]
         self.host = {}                              # sub-batch index -> HostBuffers
-        self.cpu_spans = []                         # of the last run
+        self.cpu_spans, self.moves = [], []         # of the last run
         self.random_weights = name in PRESETS
         self._allocate()
         if self.random_weights:
@@ -209,28 +214,32 @@ class Model:
 
     def linear(self, b, act, i):
         """Finish layer i - 1 and start layer i of SubBatch b: updates act.x, sets act.qkv; after
-        the last layer sets act.logits."""
+        the last layer sets act.last."""
         L, ops = len(self.layers), self.ops
         if i == 0:
             torch.index_select(self.embed, 0, b.tokens, out=act.x)                  # [N, E]
         else:
             w, x, o = self.layers[i - 1], act.x, act.o.flatten(1)
             if i == L:
-                x, o = x[b.sampled_rows], o[b.sampled_rows]                         # [S, .]
+                act.last = x = x[b.sampled_rows]                                    # [S, E]
+                o = o[b.sampled_rows]
                 if not len(x):                          # only chunks of prompts: nothing to sample
-                    act.logits = x.new_empty((0, len(self.lm_head)), dtype=torch.float32)
                     return
             # The residual is added within the products: shards of wo and w_down must add it once.
             x.addmm_(o, w.wo.t())
             gate_up = F.linear(self._norm(x, w.ffn_norm), w.w_gate_up)              # [N, 2 F]
             x.addmm_(ops.swiglu(gate_up), w.w_down.t())
             if i == L:
-                act.logits = F.linear(self._norm(x, self.norm), self.lm_head).float()   # [S, V]
                 return
         w, (H, Hkv) = self.layers[i], self.num_heads
         out = act.qkv.view(len(act.qkv), -1)                                # [N, (H + 2 Hkv) D]
         torch.mm(self._norm(act.x, w.attn_norm), w.wqkv.t(), out=out)
         ops.rotate_(act.qkv, self.cos, self.sin, b.positions, H + Hkv)
+
+    def head(self, activations):
+        """Logits [S, V] float32 of the sampled rows of all sub-batches."""
+        x = torch.cat([act.last for act in activations])
+        return F.linear(self._norm(x, self.norm), self.lm_head).float()
 
     def _norm(self, x, weight):
         return F.rms_norm(x, weight.shape, weight, self.cfg.norm_eps)
@@ -259,24 +268,24 @@ class Model:
         return qkv.split(self._qkv_heads(), 1)
 
     def send(self, b, act, i):
-        """q, k, v of layer i's CPU rows -> host memory."""
-        host, stored, (q, k, v) = self.host[b.index], b.num_stored, self._split(act.qkv)
+        """k and v of layer i's prompts bound for the CPU tier, and q, k, v of its CPU decodes ->
+        host memory."""
+        host, (q, k, v) = self.host[b.index], self._split(act.qkv)
         first = b.num_prefill + b.num_gpu_rows
-        cpu_rows = slice(first, first + b.num_cpu)
-        host.q[:b.num_cpu].copy_(q[cpu_rows], non_blocking=True)
-        for dst, src in ((host.k, k), (host.v, v)):
-            dst[:stored].copy_(src[:stored], non_blocking=True)
-            dst[stored:b.num_host_rows].copy_(src[cpu_rows], non_blocking=True)
+        for dst, src in ((host.q, q), (host.k, k), (host.v, v)):
+            dst[:b.num_cpu].copy_(src[first:first + b.num_cpu], non_blocking=True)
+        place = host.place(b.num_stored, i)
+        for dst, src in ((host.prompt_k, k), (host.prompt_v, v)):
+            dst[place].copy_(src[:b.num_stored], non_blocking=True)
 
     def cpu_attend(self, b, kv, i):
-        """Layer i's CPU rows, on this thread and Numba's: k and v into the CPU tier, then the
-        attention of the decode rows."""
+        """Layer i's CPU decodes, on this thread and Numba's: k and v into the CPU tier, then
+        attention."""
         start, host, n = time.perf_counter(), self.host[b.index].numpy, b.num_cpu
-        k_cache, v_cache, rows = kv.cpu_k[i], kv.cpu_v[i], b.num_host_rows
-        cpu_attn.store_kv(host["k"][:rows], host["v"][:rows], k_cache, v_cache, b.cpu_slots)
-        if n:
-            cpu_attn.paged_decode(host["q"][:n], k_cache, v_cache, b.cpu_table, b.cpu_lens,
-                                  host["o"][:n], self.cfg.head_dim ** -0.5, self.cpu_format)
+        k_cache, v_cache = kv.cpu_k[i], kv.cpu_v[i]
+        cpu_attn.store_kv(host["k"][:n], host["v"][:n], k_cache, v_cache, b.cpu_slots)
+        cpu_attn.paged_decode(host["q"][:n], k_cache, v_cache, b.cpu_table, b.cpu_lens,
+                              host["o"][:n], self.cfg.head_dim ** -0.5, self.cpu_format)
         end = time.perf_counter()
         self.cpu_spans.append(Span("cpu", "cpu_attend", i, b.index, start, end))
 
@@ -293,23 +302,33 @@ class Model:
         queue, index = self.queue, b.index
         act, linear, attend = self._place(b, kv)
         activations[index] = act
+        kv.fetch_past(b, 0)
         for i in range(depth):
             queue.submit("linear", i, index, linear)        # finish layer i - 1, start layer i
             if b.num_host_rows:
+                kv.wait_stored(b, i - 2)                    # its place is used again
                 sent = queue.send("send", i, index, partial(self.send, b, act))
             kv.wait_swaps(i)
+            if i + 1 < depth:
+                kv.fetch_past(b, i + 1)                     # a layer ahead of its attention
             queue.submit("attend", i, index, attend)
             yield                                           # another sub-batch takes its turn
             if b.num_host_rows:
                 queue.wait(sent)
+            if b.num_stored:
+                host, place = self.host[index].numpy, HostBuffers.place(b.num_stored, i)
+                kv.store_prompts(b, i, host["prompt_k"][place], host["prompt_v"][place])
+            if b.num_cpu:
                 self.cpu_attend(b, kv, i)
-                if b.num_cpu:
-                    queue.fetch("receive", i, index, partial(self.receive, b, act))
+                queue.fetch("receive", i, index, partial(self.receive, b, act))
         queue.submit("linear", len(self.layers), index, partial(self.linear, b, act))
+        for i in range(depth - 2, depth):
+            kv.wait_stored(b, i)
 
     @torch.inference_mode()
     def run(self, sub_batches, kv, depth=None):
-        """Run one SubBatch (sequential) or several (pipelined) -> logits of each, [S, V] float32.
+        """Run one SubBatch (sequential) or several (pipelined) -> logits of all their sampled rows,
+        [S, V] float32.
 
         On CUDA it returns while the GPU still works; whatever reads the logits waits for it.
         depth  stop after this number of layers, for profiling; default all
@@ -319,7 +338,7 @@ class Model:
             self.captures.captured_now = False
         self.queue.begin()
         cpu_attn.set_threads(self.cpu_threads)
-        activations, depth = {}, depth or len(self.layers)
+        activations, logits, depth = {}, [], depth or len(self.layers)
         turns = deque(self.forward(b, kv, depth, activations) for b in sub_batches)
         done = object()
         try:
@@ -328,15 +347,19 @@ class Model:
                     turns.popleft()
                 else:
                     turns.rotate(-1)
-        finally:
-            kv.settle()
-            self.queue.drain()              # also when a stage failed: nothing may run on
-        return [activations[b.index].logits for b in sub_batches]
+            self.queue.submit("head", len(self.layers), 0,
+                              lambda _: logits.append(self.head(activations.values())))
+        finally:                            # also when a stage failed: nothing may run on
+            try:
+                self.queue.drain()
+            finally:
+                self.moves = kv.settle()    # after the stages that wait for its copies
+        return logits[0]
 
     @property
     def spans(self):
         """perfmodel.Spans of the last run. Waits for the GPU."""
-        return self.queue.spans() + self.cpu_spans
+        return self.queue.spans() + self.cpu_spans + self.moves
 
     # ---- where a sub-batch is computed
 
@@ -367,7 +390,7 @@ class Model:
         if b.index not in self.host:
             self.host[b.index] = HostBuffers(*self.num_heads, self.cfg.head_dim, self.cpu_dtype,
                                              self.device.type == "cuda")
-        self.host[b.index].fit(b.num_cpu, b.num_host_rows)
+        self.host[b.index].fit(b.num_cpu, b.num_stored)
         placed = self.captures.place(b, kv) if self.captures else None
         if placed:
             return placed

@@ -61,7 +61,7 @@ class LLM:
 
     def __init__(self, model, strategy="neo", **options):
         options = Options.of(str(model), strategy, options)
-        self.name, self.seed = options.model, options.seed
+        self.name, self.seed, self.ttft_weight = options.model, options.seed, options.ttft_weight
         self.verbose = False            # print each iteration
         self.on_iteration = None        # called with (spans, start, end) of each iteration
         self.cfg = load_config(self.name)
@@ -97,9 +97,8 @@ class LLM:
                           budget.max_model_len, budget.kv_dtypes, self.device)
         self.clock, self.wait = time.perf_counter, time.sleep
         warm_up(self.model, self.kv)
-        if budget.num_blocks["cpu"]:
-            threads = [self.gpu_threads, self.cpu_threads]
-            self.points = profile_points(self.model, self.kv, budget, threads)
+        threads = [self.gpu_threads, self.cpu_threads]
+        self.points = profile_points(self.model, self.kv, budget, threads)
 
     def _simulate(self, options):
         """What _load does, for a simulation."""
@@ -108,7 +107,7 @@ class LLM:
         if isinstance(source, LLM):
             self.dtype, self.budget, self.points = source.dtype, source.budget, source.points
             if self.points is None:
-                raise ValueError("simulate: this LLM has no profile, as it has no CPU tier")
+                raise ValueError("simulate: this LLM is itself a simulation: it has no profile")
         else:
             self.testbed = source if isinstance(source, Testbed) else find_testbed(source)
             dtype = "fp16" if options.dtype == "auto" else options.dtype
@@ -122,11 +121,9 @@ class LLM:
         self.clock, self.wait = self.model.clock, self.model.wait
 
     def _new_perf(self):
-        """A performance model before anything was observed; None where nothing was measured."""
+        """A performance model before anything was observed."""
         if self.testbed:
             return Roofline(self.testbed, self.cfg, self.dtype.itemsize)
-        if self.points is None:
-            return None
         return Profile(self.points, self.cfg.n_layer, self.budget.token_bytes)
 
     def reset(self, strategy):
@@ -139,7 +136,8 @@ class LLM:
         budget.check_tiers(strategy, cls.tiers)
         self.perf = self._new_perf()
         self.scheduler = Scheduler(cls(), budget.num_blocks, budget.block_size,
-                                   budget.max_model_len, budget.max_batch_tokens, self.perf)
+                                   budget.max_model_len, budget.max_batch_tokens, self.perf,
+                                   self.ttft_weight)
         self.strategy, self.outputs, self.num_added = strategy, {}, 0
         self.seconds = dict.fromkeys(("wall", "model", "gpu_busy", "cpu_busy"), 0.0)
         self.swapped_before, self.errors = self.kv.swapped_blocks, deque(maxlen=MAX_ERRORS)
@@ -231,15 +229,13 @@ class LLM:
 
             # 3) Forward: all layers, then one token for each row that is sampled.
             model_start = self.clock()
-            outs = [[self.outputs[r.id] for r in batch.sampled] for batch in plan.batches]
-            logits = self.model.run(sub_batches, self.kv)
-            tokens = [t for x, rows in zip(logits, outs, strict=True) for t in sample(x, rows)]
+            outs = [self.outputs[r.id] for r in plan.sampled]
+            tokens = sample(self.model.run(sub_batches, self.kv), outs)
             model_end = self.clock()
 
             # 4) Commit: tokens are appended, finished requests leave, text grows.
             self.scheduler.commit(plan, tokens)
-            grown = [out for rows in outs for out in rows]
-            for out in grown:
+            for out in outs:
                 self._grow(out)
         except BaseException:
             for r in {r.id: r for r in plan.requests + plan.swap_in + plan.swap_out}.values():
@@ -248,7 +244,7 @@ class LLM:
 
         # 5) Measure: correct the predictions.
         self._measure(plan, start, model_end - model_start, self.clock())
-        return grown
+        return outs
 
     def _plan(self):
         try:

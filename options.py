@@ -34,6 +34,9 @@ class Options:
     max_batch_tokens: int = option(
         None, int, "prompt tokens per iteration (default 2048); longer prompts are prefilled "
         "in chunks", "N")
+    ttft_weight: float = option(
+        4.0, float, "how much faster prompts are prefilled while the KV tiers are empty: 0 "
+        "favours the time per token, 8 the time to first token", "W")
     gpu_threads: int = option(None, int, "cores of the emulated GPU", "N")
     cpu_threads: int = option(None, int, "cores for CPU attention", "N")
     simulate: object = option(

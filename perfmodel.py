@@ -2,24 +2,25 @@
 
     linear(n_tokens)  prefill(lengths)  gpu_decode(n_kv_tokens)       each in ms of one layer
     cpu_decode(n_requests, n_kv_tokens)  transfer(n_bytes)
-    lm_head(n_rows)   embedding, output matrix and what else an iteration does once
+    lm_head(n_rows)   embedding, output matrix and what else an iteration does once, for the
+                      sampled rows of all sub-batches together
 
 `Profile` interpolates what was measured on this machine, `Roofline` computes a testbed that is
 not here, and `SimulatedModel` runs the engine's loop on either.
 
 With l, g, c = one layer's linear, GPU-attention and CPU-attention time of sub-batches A and B,
-a layer takes
+and m = the time in which the KV of prompts moves between the tiers, a layer takes
 
-    max(lA + gA + lB + gB,  cA + cB,  lA + cA,  lB + cB)            (NEO, section 3.2)
+    max(lA + gA + lB + gB,  cA + cB,  lA + cA,  lB + cB,  mA + mB)      (NEO, section 3.2)
         the GPU's work      the CPU's  A's own chain  B's own chain
 
-One sub-batch alone is the case without B: max(l + g, c, l + c). Knows no torch and no queues: plain
+One sub-batch alone is the case without B. Nobody waits for m in its own layer: what is stored is
+read in later iterations, and what is fetched comes a layer ahead. Knows no torch, no queues: plain
 numbers only, except the logits that the simulated model returns. Tested in test_neo.py.
 """
 import json
 from bisect import bisect_left
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +31,7 @@ class Work(NamedTuple):
     num_rows: int           # rows of the linear layers
     prompts: tuple = ()     # of each prompt: (tokens cached before, tokens cached after)
     num_stored: int = 0     # prompt rows whose k and v go to the CPU tier
-    num_fetched: int = 0    # tokens of earlier chunks that come back from the CPU tier
+    num_fetched: int = 0    # tokens of earlier chunks that are fetched from the CPU tier
     gpu_kv: int = 0         # cached tokens that the GPU decodes read
     num_cpu: int = 0        # CPU decodes
     cpu_kv: int = 0         # cached tokens that the CPU decodes read
@@ -40,7 +41,8 @@ class Load(NamedTuple):
     """How long one sub-batch keeps the devices busy, in ms per layer."""
     linear_ms: float
     gpu_ms: float           # attention of prefill and GPU-decode rows
-    cpu_ms: float           # attention and KV store of CPU rows
+    cpu_ms: float           # attention and KV store of CPU decodes
+    move_ms: float = 0.0    # KV of prompts on its way between the tiers
 
 
 class Prediction(NamedTuple):
@@ -52,8 +54,9 @@ class Prediction(NamedTuple):
 
 class Span(NamedTuple):
     """Who worked on what, when. The model records one span for each stage of each layer."""
-    lane: str               # "gpu", "cpu" or "copy"
-    stage: str              # "linear", "attend", "send", "cpu_attend" or "receive"
+    lane: str               # "gpu", "cpu", "copy" (of CPU decodes) or "move" (KV of prompts)
+    stage: str              # "linear", "attend", "send", "cpu_attend", "receive", "store",
+    #                         "fetch" or "head"
     layer: int
     sub_batch: int          # its index: 0 for A, 1 for B
     start: float            # seconds
@@ -62,7 +65,7 @@ class Span(NamedTuple):
 
 def busy_seconds(spans):
     """{lane: seconds of work} of a list of Spans."""
-    busy = dict.fromkeys(("gpu", "cpu", "copy"), 0.0)
+    busy = dict.fromkeys(("gpu", "cpu", "copy", "move"), 0.0)
     for span in spans:
         busy[span.lane] += span.end - span.start
     return busy
@@ -72,7 +75,8 @@ def layer_ms(*loads):
     """One layer of sub-batches that take turns, in ms: the formula above, for any number."""
     gpu = sum(ms for load in loads for ms in (load.linear_ms, load.gpu_ms))
     chains = (load.linear_ms + load.cpu_ms for load in loads)
-    return max(gpu, sum(load.cpu_ms for load in loads), *chains)
+    return max(gpu, sum(load.cpu_ms for load in loads), sum(load.move_ms for load in loads),
+               *chains)
 
 
 class PerfModel:
@@ -101,22 +105,19 @@ class PerfModel:
         begun = [before for before, _ in work.prompts if before]
         if begun:
             gpu_ms -= self.prefill(begun)
-        if work.num_fetched:
-            gpu_ms += self.transfer(work.num_fetched * self.token_bytes["cpu"])
-        cpu_ms = self.cpu_time(work.num_cpu, work.cpu_kv)
-        if work.num_stored:
-            stored_bytes = work.num_stored * self.token_bytes["cpu"]
-            cpu_ms += self.transfer(stored_bytes) * self.cpu_scale
+        num_moved = work.num_stored + work.num_fetched
+        move_ms = self.transfer(num_moved * self.token_bytes["cpu"]) if num_moved else 0.0
         linear_ms = self.linear(work.num_rows) * self.gpu_scale if work.num_rows else 0.0
-        return Load(linear_ms, gpu_ms * self.gpu_scale, cpu_ms)
+        return Load(linear_ms, gpu_ms * self.gpu_scale, self.cpu_time(work.num_cpu, work.cpu_kv),
+                    move_ms)
 
     def cpu_time(self, num_cpu, cpu_kv):
         """CPU attention of num_cpu decodes over cpu_kv tokens, corrected; 0 for no decodes."""
         return self.cpu_decode(num_cpu, cpu_kv) * self.cpu_scale if num_cpu else 0.0
 
     def iteration(self, loads, num_sampled):
-        """Loads and sampled rows of the sub-batches -> Prediction."""
-        once_ms = sum(self.lm_head(n) for n in num_sampled if n) * self.gpu_scale
+        """Loads of the sub-batches, and the rows that get a token in all -> Prediction."""
+        once_ms = self.lm_head(num_sampled) * self.gpu_scale if num_sampled else 0.0
         return Prediction(
             self.n_layer * layer_ms(*loads) + once_ms + self.overhead_ms,
             self.n_layer * sum(x.linear_ms + x.gpu_ms for x in loads) + once_ms,
@@ -216,8 +217,10 @@ def _interpolate(curve, n):
 def _fit(columns, points):
     """Least squares on relative errors, with no negative coefficient.
 
-    columns  [points][terms];  points  [[..., ms], ...]
+    columns  [points][terms];  points  [[..., ms], ...]. Without points (no CPU tier): None.
     """
+    if not points:
+        return None
     y = np.array([p[-1] for p in points])
     X = np.array(columns, float) / y[:, None]
     used, coefficients = list(range(X.shape[1])), np.zeros(X.shape[1])
@@ -255,11 +258,13 @@ class Testbed:
     cpu_launch_us: float = 40.0    # per layer and sub-batch with CPU rows: copies, events, threads
     host_ms: float = 2.0           # per iteration: scheduling, sampling
     link_gb: float = 100.0         # GB/s of all-reduce between the GPUs, effective
+    softness: float = 0.0          # of the roofline's ridge. 0: max(compute, memory); s: their
+    #                                norm (compute^(1/s) + memory^(1/s))^s
 
     def __post_init__(self):
         for f in fields(self)[2:]:
             value, share = getattr(self, f.name), f.name.endswith("_eff")
-            may_be_zero = f.name.endswith(("_us", "_ms"))
+            may_be_zero = f.name.endswith(("_us", "_ms", "softness"))
             if value < 0 or (value == 0 and not may_be_zero) or (share and value > 1):
                 limits = "above 0, at most 1" if share else "positive"
                 raise ValueError(f"testbed {self.name}: {f.name} = {value:g} must be {limits}")
@@ -327,7 +332,12 @@ class Roofline(PerfModel):
         self.all_reduce = 2 * E * itemsize / (bed.link_gb * 1e6) if bed.tp > 1 else 0.0   # ms a row
 
     def _matrix(self, params, n_tokens):
-        return max(2 * params * n_tokens / self.flops, params * self.itemsize / self.bandwidth)
+        compute = 2 * params * n_tokens / self.flops
+        memory = params * self.itemsize / self.bandwidth
+        if not self.bed.softness:
+            return max(compute, memory)
+        power = 1 / self.bed.softness
+        return (compute ** power + memory ** power) ** self.bed.softness
 
     def linear(self, n_tokens):
         return (self._matrix(self.layer_params, n_tokens) + self.all_reduce * n_tokens
@@ -375,24 +385,23 @@ class SimulatedModel:
     @staticmethod
     def work_of(b):
         """What a kvcache.SubBatch does in a layer."""
-        before = [n for n, _ in b.prefill_past]
-        ends = accumulate(b.prefill_lens)
-        fetched = sum(n for n, end in zip(before, ends, strict=True) if end <= b.num_stored)
-        prompts = [(n, n + rows) for n, rows in zip(before, b.prefill_lens, strict=True)]
-        return Work(len(b.tokens), prompts, b.num_stored, fetched, int(b.gpu_lens.sum()),
-                    b.num_cpu, int(b.cpu_lens.sum()))
+        prompts = [(past, past + rows)
+                   for rows, (past, _) in zip(b.prefill_lens, b.prefill_past, strict=True)]
+        return Work(len(b.tokens), prompts, b.num_stored, sum(past for past, _ in b.stored_past),
+                    int(b.gpu_lens.sum()), b.num_cpu, int(b.cpu_lens.sum()))
 
     def run(self, sub_batches, kv):
         """One iteration: first the swaps that precede it, one block after the other, then the
-        layers. Returns the logits of each sub-batch, [S, 1] zeros."""
+        layers. Returns logits, [rows that get a token, 1] zeros."""
         perf, start = self.perf, self.now
         num_blocks, self.num_swapped = kv.swapped_blocks - self.num_swapped, kv.swapped_blocks
         if num_blocks:
             swap_bytes = num_blocks * kv.block_size * perf.token_bytes["cpu"]
             start += perf.n_layer * perf.transfer(swap_bytes) / 1e3
         loads = [perf.load(self.work_of(b)) for b in sub_batches]
-        predicted = perf.iteration(loads, [len(b.sampled_rows) for b in sub_batches])
+        num_sampled = sum(len(b.sampled_rows) for b in sub_batches)
+        predicted = perf.iteration(loads, num_sampled)
         self.now = start + predicted.total_ms / 1e3
         self.spans = [Span(lane, "iteration", 0, 0, start, start + ms / 1e3)
                       for lane, ms in (("gpu", predicted.gpu_ms), ("cpu", predicted.cpu_ms))]
-        return [b.sampled_rows.new_zeros((len(b.sampled_rows), 1)) for b in sub_batches]
+        return sub_batches[0].sampled_rows.new_zeros((num_sampled, 1))

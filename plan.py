@@ -62,7 +62,8 @@ class Plan:
     preempted: list = field(default_factory=list)   # requests whose blocks are freed
     swap_out: list = field(default_factory=list)    # to the CPU tier
     swap_in: list = field(default_factory=list)     # to the GPU tier
-    prefill: list = field(default_factory=list)     # prompts with rows in this iteration
+    prefill: list = field(default_factory=list)     # prompts with rows in this iteration,
+    shares: list = field(default_factory=list)      # and the same, by the share that they take
     batches: list = field(default_factory=list)     # Batches; two or more are pipelined
     predicted: object = None                        # perfmodel.Prediction, if there is a model
 
@@ -170,7 +171,7 @@ def check_speed(s, plan):
     num_left_out = len(everybody.requests) - len(plan.requests)
     if num_left_out:
         num_sampled = len(everybody.sampled)
-        predicted = s.perf.iteration([s.perf.load(everybody.work())], [num_sampled])
+        predicted = s.perf.iteration([s.perf.load(everybody.work())], num_sampled)
         rate = len(plan.sampled) / plan.predicted.total_ms
         slow = rate < SLOW_SHARE * num_sampled / predicted.total_ms
     s.num_slow_plans = s.num_slow_plans + 1 if slow else 0

@@ -16,7 +16,7 @@ import numpy as np
 
 STEADY = (0.3, 0.7)     # the steady window lies between these shares of the completions
 FEW = 20                # with fewer completions in it, its throughput may mislead
-LANES = {"gpu": "GPU", "cpu": "CPU", "copy": "copies"}
+LANES = {"gpu": "GPU", "cpu": "CPU", "copy": "copies", "move": "KV of prompts"}
 
 
 class Metric(NamedTuple):
@@ -50,7 +50,9 @@ METRICS = (
     Metric("prediction_error", "|predicted/measured - 1|, %", ".0f", 100),
     Metric("outside_model_share", "time outside the model, %", ".1f", 100),
     Metric("fluid_request_rate", "fluid limit, request/s", ".3f"),      # of simulations only
-    Metric("fluid_share", "request/s of the limit, %", ".0f", 100))
+    Metric("fluid_share", "  request/s of it, %", ".0f", 100),
+    Metric("pipelining_request_rate", "pipelining bound, request/s", ".3f"),
+    Metric("pipelining_share", "  request/s of it, %", ".0f", 100))
 
 
 # ----------------------------------------------------------------------------------- metrics

@@ -12,6 +12,7 @@ Blocks are counted here and owned in kvcache.py, on purpose: counts can plan ahe
 virtual clock without memory, and the cache asserts that they were right.
 To write a strategy, use the verbs below: admit, decodes, swap_in, swap_out, refill_gpu, preempt.
 """
+import math
 from collections import Counter, deque
 from contextlib import suppress
 
@@ -20,9 +21,10 @@ import numpy as np
 from plan import Batch, Plan, StrategyError, check_plan, check_speed, fail
 from request import Request
 
-PACE = 256            # Stop admitting prompts after 256 prompt tokens in one iteration (the last
-#                       prompt may exceed it). Above a few hundred rows the GPU is compute-bound: a
-#                       larger batch is not more efficient, but every decode waits longer.
+PACE = 256            # Without shares, stop admitting prompts after 256 prompt tokens in one
+#                       iteration (the last prompt may exceed it). Above a few hundred rows the GPU
+#                       is compute-bound: a larger batch only makes every decode wait longer.
+CRUMB = 1.25          # A prompt is not cut if it exceeds its share by less than a quarter.
 MAX_RUNNING = 512     # requests that hold KV: bounds the rows, and so the logits, of an iteration
 SWAP_IN_MARK = 0.95   # share of GPU blocks that refilling the GPU tier may use
 EXACT_PEAK = 512      # requests up to which a tier's future peak is computed exactly (quadratic)
@@ -36,11 +38,12 @@ class Scheduler:
     num_blocks        {tier: blocks} of the cache; a strategy uses only the tiers that it names
     max_batch_tokens  prompt tokens of one iteration; longer prompts are prefilled in chunks
     perf              perfmodel.PerfModel, or None where the strategy does not predict
+    ttft_weight       how much faster prompts come in while the tiers are empty (strategies.Even)
     """
 
     def __init__(self, strategy, num_blocks, block_size, max_model_len, max_batch_tokens,
-                 perf=None):
-        self.strategy, self.perf = strategy, perf
+                 perf=None, ttft_weight=0.0):
+        self.strategy, self.perf, self.ttft_weight = strategy, perf, ttft_weight
         self.block_size, self.max_batch_tokens = block_size, max_batch_tokens
         self.num_blocks = {tier: n if tier in strategy.tiers else 0
                            for tier, n in num_blocks.items()}
@@ -92,7 +95,7 @@ class Scheduler:
         check_plan(self, plan, before)
         if self.perf and plan.batches:
             loads = [self.perf.load(b.work()) for b in plan.batches]
-            plan.predicted = self.perf.iteration(loads, [len(b.sampled) for b in plan.batches])
+            plan.predicted = self.perf.iteration(loads, len(plan.sampled))
         check_speed(self, plan)
         for batch in plan.batches:
             for r in batch.gpu_decodes + batch.cpu_decodes:
@@ -164,9 +167,12 @@ class Scheduler:
             likely = min(likely, max(2 * self.mean_output, len(r.output) + self.block_size))
         return max(int(likely), 1)
 
-    def admit(self, plan, tiers, may=lambda tier, request: True):
+    def admit(self, plan, tiers, may=lambda tier, request: True, shares=None):
         """Give the iteration's prompt tokens out, in the strategy's order: first to prompts that
         have begun, then to waiting ones; stop at the first that must wait.
+
+        shares  prompt tokens for each sub-batch, such as (40, 40): prompts are cut into chunks, and
+                plan.shares has the prompts of each. None: PACE tokens, the last prompt whole.
 
         A waiting prompt enters the first of `tiers` that has room for it now, that will have room
         for its expected length, and that may(tier, request) allows. After a preemption nothing is
@@ -174,11 +180,13 @@ class Scheduler:
         """
         if unknown := set(tiers) - set(self.strategy.tiers):
             fail(self, f"admits to {sorted(unknown)}, but its tiers are {self.strategy.tiers}")
+        left = list(shares or [PACE])       # prompt tokens that each share still has
+        plan.shares = [[] for _ in left]
         begun = [r for t in tiers for r in self.running[t].values() if not r.is_decoding]
         for r in sorted(begun, key=self._rank):
-            if self._tokens_left(plan) > 0:
-                self._schedule(plan, r)
-        while self.waiting and self._tokens_left(plan) > 0 and self.num_running < MAX_RUNNING:
+            self._schedule(plan, r, left, shares)
+        while (self.waiting and max(left) >= 1 and self._tokens_left(plan)
+               and self.num_running < MAX_RUNNING):
             if plan.preempted and not self.nothing_runs:
                 break
             r = self._next_waiting()
@@ -188,7 +196,7 @@ class Scheduler:
                 break
             self.waiting.remove(r)
             self._enter(r, tier, r.num_tokens)
-            self._schedule(plan, r)
+            self._schedule(plan, r, left, shares)
 
     def swap_in(self, plan, r):
         """Move a decode from the CPU to the GPU tier. False, and no move, if it does not fit."""
@@ -229,13 +237,22 @@ class Scheduler:
         return self.waiting[0]
 
     def _tokens_left(self, plan):
-        given = sum(r.num_scheduled for r in plan.prefill)
-        return min(self.max_batch_tokens, PACE) - given
+        return self.max_batch_tokens - sum(r.num_scheduled for r in plan.prefill)
 
-    def _schedule(self, plan, r):
-        """Give a prompt its rows: all that it lacks, within the iteration's prompt tokens."""
-        given = sum(p.num_scheduled for p in plan.prefill)
-        r.num_scheduled = min(r.num_tokens - r.num_cached, self.max_batch_tokens - given)
+    def _schedule(self, plan, r, left, cut):
+        """Give a prompt rows of the first share that has some left: all that the prompt lacks, or a
+        chunk. What exceeds a share is taken from the next one."""
+        rows = min(r.num_tokens - r.num_cached, self._tokens_left(plan))
+        i = next((i for i, n in enumerate(left) if n >= 1), None)
+        if i is None or not rows:
+            return
+        if cut and rows > CRUMB * left[i]:
+            rows = math.ceil(left[i])
+        left[i] -= rows
+        if i + 1 < len(left):
+            left[i + 1] += min(0, left[i])
+        r.num_scheduled = rows
+        plan.shares[i].append(r)
         plan.prefill.append(r)
 
     # ---- block accounting

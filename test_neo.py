@@ -31,6 +31,7 @@ import measure
 import neo
 import report
 import startup
+import strategies
 import workload
 from bounds import fluid_limit
 from checkpoint import PRESETS, load_config, load_tokenizer
@@ -52,7 +53,7 @@ from perfmodel import (
 from plan import Plan
 from queues import Captures
 from scheduler import MAX_RUNNING, Batch, Request, Scheduler, StrategyError
-from strategies import MAX_WAIT, STRATEGIES, strategy
+from strategies import STRATEGIES, strategy
 
 DEVICE = os.environ.get("NEO_TEST_DEVICE", "cpu")  # cuda: the exactness tests on a GPU
 ROOT = Path(__file__).resolve().parent
@@ -190,7 +191,7 @@ def test_tokens_equal_transformers(checkpoints, reference, name, strategy):
     folder, _ = checkpoints[name]
     prompts, want = reference[name]
     cfg = load_config(str(folder))
-    cpu_blocks = {"gpu-only": 20, "symmetric": 18}.get(strategy, 11)
+    cpu_blocks = {"gpu-only": 20, "gpu-whole": 20, "symmetric": 18}.get(strategy, 11)
     llm = LLM(
         str(folder),
         strategy,
@@ -248,10 +249,10 @@ def test_logits_within_tolerance(checkpoints, dtype, tolerance):
 
     def check(batches):
         logits = llm.model.run([kv.bind(b, i) for i, b in enumerate(batches)], kv)
-        for b, rows in zip(batches, logits, strict=True):
-            for r, got in zip(b.requests, rows.cpu(), strict=True):
-                ref = want[r.id][r.num_tokens - 1]
-                assert (got - ref).norm() / ref.norm() < tolerance
+        requests = [r for b in batches for r in b.requests]
+        for r, got in zip(requests, logits.cpu(), strict=True):
+            ref = want[r.id][r.num_tokens - 1]
+            assert (got - ref).norm() / ref.norm() < tolerance
 
     # all but the last token as prompts of either tier, then the last one as a decode
     requests = [
@@ -305,7 +306,7 @@ def test_chunked_prefill_gives_the_same_tokens(checkpoints, reference, strategy,
         and stats["prefill_tokens"] >= sum(map(len, prompts))
     )
     # later chunks over what lies in host memory
-    assert any(fetched for _, fetched in seen) == (strategy != "gpu-only")
+    assert any(fetched for _, fetched in seen) == (not strategy.startswith("gpu-"))
     llm.kv.check()
 
 
@@ -316,7 +317,8 @@ def test_a_chunk_costs_the_attention_that_it_adds():
     parts = [perf.load(Work(4, [(0, 4)])), perf.load(Work(6, [(4, 10)]))]
     assert parts[0].gpu_ms + parts[1].gpu_ms == pytest.approx(whole.gpu_ms)
     fetched = perf.load(Work(6, [(4, 10)], num_fetched=4))
-    assert fetched.gpu_ms == pytest.approx(parts[1].gpu_ms + perf.transfer(4 * 128))
+    # fetching goes on beside everything else
+    assert fetched == parts[1]._replace(move_ms=perf.transfer(4 * 128))
 
 
 def test_long_prompts_do_not_freeze_the_others():
@@ -325,7 +327,7 @@ def test_long_prompts_do_not_freeze_the_others():
     def iterations(budget):
         llm = LLM(
             "llama-7b",
-            "gpu-only",
+            "gpu-whole",
             simulate="a100",
             gpu_blocks=2000,
             max_model_len=4000,
@@ -723,14 +725,14 @@ def tiny_llms():
 @given(data=st.data())
 def test_random_traffic_keeps_the_invariants(tiny_llms, strategy, data):
     """add, step, abort, a failing step, in any order: no block lost or shared, every request ends,
-    CPU-tier requests get a token at least once in MAX_WAIT iterations, GPU requests in each."""
+    no CPU decode waits longer than neo's bound, GPU decodes get a token in each iteration."""
     llm = tiny_llms[strategy]
     for i in list(llm.outputs):  # left by an example that failed
         llm.abort(i)
     llm.reset(strategy)
     if strategy == "neo":
         llm.perf = llm.scheduler.perf = FixedPerf(cpu=data.draw(st.sampled_from([0.01, 0.3, 5.0])))
-    seen, last = {}, {}
+    seen, bound = {}, watch_waits(llm)
 
     def step():
         running = {t: {r.id for r in llm.scheduler.decodes(t)} for t in ("gpu", "cpu")}
@@ -738,10 +740,8 @@ def test_random_traffic_keeps_the_invariants(tiny_llms, strategy, data):
         for i in running["gpu"] & set(llm.outputs):
             r = llm.outputs[i].request
             assert i in moved or r.tier != "gpu"  # preempted, or swapped out and waiting its turn
-        for i in moved:
-            last[i] = llm.scheduler.iteration
         for r in llm.scheduler.decodes("cpu"):
-            assert llm.scheduler.iteration - last[r.id] < MAX_WAIT
+            assert llm.scheduler.iteration - r.last_run <= bound()
 
     def invariants():
         llm.kv.check()
@@ -801,10 +801,31 @@ def test_a_failing_step_aborts_its_requests_only():
     llm.kv.check()
 
 
+def watch_waits(llm_or_scheduler):
+    """-> a function: iterations that a CPU decode may have waited by now, as Neo's docstring says:
+    M + w (t - 1), from what was planned so far."""
+    s, most = getattr(llm_or_scheduler, "scheduler", llm_or_scheduler), [1, 0.0]
+    plan_once = s.plan
+
+    def plan():
+        plan = plan_once()
+        gpu, cpu = s.decodes("gpu"), s.decodes("cpu")
+        most[0] = max(most[0], len(cpu))
+        if cpu and not any(b.cpu_decodes for b in plan.batches):
+            shapes = strategies.Shapes(s.perf, plan.prefill, [], gpu, cpu)
+            tokens = sum(r.num_scheduled / r.num_tokens for r in plan.prefill) + len(gpu)
+            t = shapes.ms(0, len(cpu)) / plan.predicted.total_ms
+            most[1] = max(most[1], tokens * (t - 1))
+        return plan
+
+    s.plan = plan
+    return lambda: sum(most) + 1
+
+
 def simulate(strategy, requests, gpu_blocks, cpu_blocks, perf=None, limit=10**5):
     """Run a scheduler alone, without a model: every row gets token 7. Returns it, and its plans."""
     blocks = {"gpu": gpu_blocks, "cpu": cpu_blocks}
-    s = Scheduler(STRATEGIES[strategy](), blocks, 16, 2048, 2048, perf)
+    s = Scheduler(STRATEGIES[strategy](), blocks, 16, 2048, 2048, perf or FixedPerf())
     for i, (n, out) in enumerate(requests):
         s.add(Request(i, [0] * n, out, exact_length=True))
     plans = []
@@ -813,7 +834,7 @@ def simulate(strategy, requests, gpu_blocks, cpu_blocks, perf=None, limit=10**5)
         assert plans[-1].requests, "an iteration without rows"
         rows = [(len(b.prefill), len(b.gpu_decodes), len(b.cpu_decodes)) for b in plans[-1].batches]
         plans[-1].rows = rows
-        s.commit(plans[-1], [7] * len(plans[-1].requests))
+        s.commit(plans[-1], [7] * len(plans[-1].sampled))
         assert len(plans) < limit
     return s, plans
 
@@ -851,7 +872,7 @@ def test_who_asks_for_everything_is_not_expected_to_use_it():
     """Chats that leave max_tokens open and end early, among short completions that use theirs up:
     the open ones reserve about what such requests have used, not their share of everything, and
     run side by side."""
-    s = Scheduler(STRATEGIES["gpu-only"](), {"gpu": 100, "cpu": 0}, 16, 1600, 2048)
+    s = Scheduler(STRATEGIES["gpu-whole"](), {"gpu": 100, "cpu": 0}, 16, 1600, 2048)
     for i in range(120):
         s.add(Request(i, [0] * 30, 1500 if i % 2 else 21, stop_ids=frozenset([9])))
     rows = []
@@ -863,14 +884,14 @@ def test_who_asks_for_everything_is_not_expected_to_use_it():
 
 
 def test_running_requests_are_bounded():
-    _, plans = simulate("gpu-only", [(1, 3000)] * (MAX_RUNNING + 5), 10**6, 0)
+    _, plans = simulate("gpu-whole", [(1, 3000)] * (MAX_RUNNING + 5), 10**6, 0)
     assert max(len(p.requests) for p in plans) == MAX_RUNNING
 
 
 def test_gpu_only_admits_all_that_fits():
     """Two requests of 27 blocks at their longest fill 54 exactly; the third enters when the first
     leaves."""
-    _, plans = simulate("gpu-only", [(372, 60), (372, 60), (372, 60)], 54, 0)
+    _, plans = simulate("gpu-whole", [(372, 60), (372, 60), (372, 60)], 54, 0)
     # one prompt of PACE tokens at a time
     assert plans[0].rows == [(1, 0, 0)] and plans[1].rows == [(1, 1, 0)]
     assert max(sum(p.rows[0]) for p in plans) == 2 and len(plans) == 120
@@ -890,9 +911,10 @@ def test_neo_pipelines_when_the_cpu_is_slow_enough_to_hide():
     for p in plans:
         if len(p.rows) == 2:
             a, b = (s.perf.load(batch.work()) for batch in p.batches)
-            assert b.cpu_ms <= a.linear_ms + a.gpu_ms + 1e-9 and not (
-                p.batches[1].prefill or p.batches[1].gpu_decodes
-            )
+            assert not p.batches[1].gpu_decodes
+            assert layer_ms(a, b) < layer_ms(a) + layer_ms(b)   # something is hidden
+    both = [p for p in plans if len(p.batches) == 2 and all(b.prefill for b in p.batches)]
+    assert both  # prompts in both sub-batches
 
 
 def test_a_request_longer_than_the_gpu_tier_is_served_by_neo_and_refused_by_gpu_only():
@@ -925,11 +947,11 @@ def test_profile_interpolates_fits_and_learns():
     assert [p.linear(n) for n in (1, 3, 6, 10)] == [2.0, 2.0, 3.0, 5.0]
     assert p.prefill([20]) == pytest.approx(7.0) and p.gpu_decode(150) == pytest.approx(1.5)
     assert p.cpu_decode(2, 500) == pytest.approx(10.7) and p.transfer(30) == pytest.approx(2.0)
-    want = p.iteration([p.load(Work(4))], [1])
+    want = p.iteration([p.load(Work(4))], 1)
     assert want == (5.0, 5.0, 0.0)
     for _ in range(100):
-        p.observe(p.iteration([p.load(Work(4))], [1]), Prediction(13.0, 10.0, 0.0))
-    assert p.iteration([p.load(Work(4))], [1]).total_ms == pytest.approx(13.0, rel=0.02)
+        p.observe(p.iteration([p.load(Work(4))], 1), Prediction(13.0, 10.0, 0.0))
+    assert p.iteration([p.load(Work(4))], 1).total_ms == pytest.approx(13.0, rel=0.02)
 
 
 # ------------------------------------------------------------------------------------ the loop
@@ -1151,7 +1173,8 @@ def test_pipelining_overlaps_cpu_attention_with_gpu_work(tmp_path):
         "cpu_attend 3A",
         "linear 12B",
     }
-    assert {e["args"]["name"] for e in events if e["name"] == "thread_name"} == {"GPU", "CPU"}
+    assert {e["args"]["name"] for e in events if e["name"] == "thread_name"} == {
+        "GPU", "CPU", "KV of prompts"}
 
 
 # ------------------------------------------------------------------- strategies of one's own
@@ -1465,7 +1488,8 @@ def test_each_tier_has_a_dtype_of_its_own(monkeypatch):
     """A float32 CPU tier under a bf16 model holds the same values in twice the bytes: the tokens
     are the same, through prefill, decode, chunks and swaps either way."""
     monkeypatch.setattr(cpu_attn, "fastest_path", lambda *args: "portable")
-    monkeypatch.setattr("neo.profile_points", lambda *args: None)  # serial does not ask
+    points = LLM("tiny", "serial", device="cpu").points
+    monkeypatch.setattr("neo.profile_points", lambda *args: points)     # serial does not ask
 
     def run(**cpu_mem):
         llm = LLM("tiny", "serial", device="cpu", dtype="bf16", gpu_blocks=10, max_model_len=110,
@@ -1511,7 +1535,7 @@ def test_a_shard_of_a_model_runs():
             Request(i, p, 1, tier="cpu" if i else "gpu", num_scheduled=len(p))
             for i, p in enumerate(prompts)
         ]
-        logits.append(model.run([kv.bind(Batch(requests))], kv)[0])
+        logits.append(model.run([kv.bind(Batch(requests))], kv))
     assert torch.equal(*logits)
 
 
@@ -1552,10 +1576,10 @@ LAYERS = (  # imports go from a layer to a layer below it, never up and never si
     {"bench", "server"},
     {"neo", "report"},
     {"measure", "workload"},
-    {"model", "strategies", "startup"},
-    {"kvcache", "scheduler", "options"},
+    {"model", "strategies", "startup", "bounds"},
+    {"kvcache", "scheduler", "options", "aim"},
     {"queues", "gpu_attn", "plan", "checkpoint"},
-    {"cpu_attn", "perfmodel", "request", "bounds"},
+    {"cpu_attn", "perfmodel", "request"},
     {"kernels"},
 )
 FOLDERS = ("kernels", "server", "lab")
@@ -1966,7 +1990,7 @@ def test_simulation_conserves_tokens_and_stays_below_the_fluid_limit(strategy):
     assert stats["gpu_decode_tokens"] + stats["cpu_decode_tokens"] == sum(
         o - 1 for _, o in requests
     )
-    assert (stats["cpu_decode_tokens"] > 0) == (strategy != "gpu-only")
+    assert (stats["cpu_decode_tokens"] > 0) == (not strategy.startswith("gpu-"))
     assert 0.1 < result["fluid_share"] <= 1.0
     assert all(llm.scheduler.num_free[t] == llm.scheduler.num_blocks[t] for t in ("gpu", "cpu"))
     llm.kv.check()
@@ -1980,7 +2004,7 @@ def test_simulated_strategies_in_easy_corners():
     assert rate("neo", fast) > 4 * base and rate("symmetric", fast) > 3 * base
     assert rate("neo", find_testbed("t4", cpu_bw=1e-6)) == pytest.approx(base, rel=1e-9)
     big, roomy = find_testbed("t4", gpu_gb=200), dict(gpu_blocks=3000)
-    assert rate("neo", big, **roomy) == pytest.approx(rate("gpu-only", big, **roomy), rel=1e-9)
+    assert rate("neo", big, **roomy) >= 0.99 * rate("gpu-only", big, **roomy)
 
 
 @pytest.mark.parametrize(
@@ -2016,7 +2040,7 @@ def test_nobody_starves_in_the_cpu_tier_of_a_simulation():
     llm = LLM("llama-8b", "neo", simulate="g5.2xlarge", gpu_blocks=200, max_model_len=1200)
     for i in range(40):
         llm.add_request([0] * (700 + 5 * i), SamplingParams(max_tokens=100, ignore_eos=True))
-    waited = 0
+    waited, bound = 0, watch_waits(llm)
     while llm.outputs:
         llm.step()
         waits = [
@@ -2025,7 +2049,7 @@ def test_nobody_starves_in_the_cpu_tier_of_a_simulation():
             if r.num_cached
         ]
         waited = max([waited, *waits])
-    assert llm.stats()["cpu_decode_tokens"] and 1 < waited <= MAX_WAIT
+    assert llm.stats()["cpu_decode_tokens"] and waited <= bound()
 
 
 def test_fluid_limit_by_hand():

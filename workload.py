@@ -37,6 +37,11 @@ class Workload:
     clipped: int        # requests that were shortened to the length limit
     pace: str = "all at once"   # what the arrivals are, in words
 
+    @property
+    def lengths(self):
+        """[(tokens in, tokens out)]"""
+        return [(len(p), n) for p, n in zip(self.prompts, self.output_lens, strict=True)]
+
 
 def draw_lengths(statistics, n, rng):
     """n lengths from a distribution with these (mean, p50, p90, p99, maximum, minimum).
