@@ -61,7 +61,7 @@ class LLM:
 
     def __init__(self, model, strategy="neo", **options):
         options = Options.of(str(model), strategy, options)
-        self.name, self.seed, self.ttft_weight = options.model, options.seed, options.ttft_weight
+        self.name, self.seed, self.ttft_queue = options.model, options.seed, options.ttft_queue
         self.verbose = False            # print each iteration
         self.on_iteration = None        # called with (spans, start, end) of each iteration
         self.cfg = load_config(self.name)
@@ -137,7 +137,7 @@ class LLM:
         self.perf = self._new_perf()
         self.scheduler = Scheduler(cls(), budget.num_blocks, budget.block_size,
                                    budget.max_model_len, budget.max_batch_tokens, self.perf,
-                                   self.ttft_weight)
+                                   self.ttft_queue)
         self.strategy, self.outputs, self.num_added = strategy, {}, 0
         self.seconds = dict.fromkeys(("wall", "model", "gpu_busy", "cpu_busy"), 0.0)
         self.swapped_before, self.errors = self.kv.swapped_blocks, deque(maxlen=MAX_ERRORS)

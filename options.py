@@ -34,9 +34,9 @@ class Options:
     max_batch_tokens: int = option(
         None, int, "prompt tokens per iteration (default 2048); longer prompts are prefilled "
         "in chunks", "N")
-    ttft_weight: float = option(
-        4.0, float, "how much faster prompts are prefilled while the KV tiers are empty: 0 "
-        "favours the time per token, 8 the time to first token", "W")
+    ttft_queue: int = option(
+        4, int, "while at most N requests wait, prompts are prefilled whole, for a short time to "
+        "first token; with more, in even chunks, for throughput (-1: always even)", "N")
     gpu_threads: int = option(None, int, "cores of the emulated GPU", "N")
     cpu_threads: int = option(None, int, "cores for CPU attention", "N")
     simulate: object = option(

@@ -38,12 +38,12 @@ class Scheduler:
     num_blocks        {tier: blocks} of the cache; a strategy uses only the tiers that it names
     max_batch_tokens  prompt tokens of one iteration; longer prompts are prefilled in chunks
     perf              perfmodel.PerfModel, or None where the strategy does not predict
-    ttft_weight       how much faster prompts come in while the tiers are empty (strategies.Even)
+    ttft_queue        requests that may wait while prompts are prefilled whole (strategies.Even)
     """
 
     def __init__(self, strategy, num_blocks, block_size, max_model_len, max_batch_tokens,
-                 perf=None, ttft_weight=0.0):
-        self.strategy, self.perf, self.ttft_weight = strategy, perf, ttft_weight
+                 perf=None, ttft_queue=-1):
+        self.strategy, self.perf, self.ttft_queue = strategy, perf, ttft_queue
         self.block_size, self.max_batch_tokens = block_size, max_batch_tokens
         self.num_blocks = {tier: n if tier in strategy.tiers else 0
                            for tier, n in num_blocks.items()}

@@ -205,8 +205,6 @@ def check_numbers(options, cfg):
         value = getattr(options, name)
         if value is not None and value <= limit:
             raise ValueError(f"{name} = {value}: must be above {limit}")
-    if options.ttft_weight < 0:
-        raise ValueError(f"ttft_weight = {options.ttft_weight}: must be 0 or more")
     if options.cpu_mem is not None and options.cpu_mem < 0:
         raise ValueError(f"cpu_mem = {options.cpu_mem}: must be 0 or more GiB")
     if options.max_model_len and options.max_model_len > cfg.max_position:

@@ -22,6 +22,8 @@ from scheduler import Batch
 STRATEGIES = {}
 AIM_EVERY = 64        # iterations after which the aim is set anew, for all that run and
 SEEN = 64             # the first that wait
+HUNGER = 2            # While the tiers are empty, prompts come in up to 1 + 2 times as fast.
+SPARE = 8             # requests beyond that, while the queue is short
 RESIDENTS = 1.3       # x the aim's CPU decodes may live in the CPU tier, so that work is at hand
 
 
@@ -59,11 +61,12 @@ class Even:
             self.set_aim(s)
         aim = self.aim
         emptiness = max(0.0, 1 - s.num_running / max(1, aim.gpu_decodes + aim.cpu_decodes))
-        rows = aim.prompt_tokens * (1 + s.ttft_weight * emptiness)
-        most = RESIDENTS * aim.cpu_decodes
+        hurried = len(s.waiting) <= s.ttft_queue
+        rows = aim.prompt_tokens * (1 + HUNGER * emptiness)
+        most = RESIDENTS * aim.cpu_decodes + SPARE * hurried
         s.admit(plan, self.tiers,
                 lambda tier, r: tier == "gpu" or s.nothing_runs or len(s.running["cpu"]) < most,
-                [rows / num_shares] * num_shares)
+                None if hurried else [rows / num_shares] * num_shares)
 
 
 @strategy("gpu-only")
@@ -132,7 +135,8 @@ class Neo(Even):
     def form(self, s, plan):
         if self.aim and self.aim.cpu_decodes < 1:   # out of the CPU tier, before others come in
             s.refill_gpu(plan)
-        self.admit(s, plan, num_shares=2 if s.running["cpu"] else 1)
+        num_prompts = len(s.waiting) + s.num_running - len(s.decodes("gpu") + s.decodes("cpu"))
+        self.admit(s, plan, num_shares=2 if s.running["cpu"] and num_prompts > 1 else 1)
         s.refill_gpu(plan)
         gpu = s.decodes("gpu")
         cpu = sorted(s.decodes("cpu"), key=lambda r: (r.last_run, r.arrival))

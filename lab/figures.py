@@ -5,7 +5,7 @@
     python -m lab.figures 8         full offload on an A10G
     python -m lab.figures 9         peaks on three GPUs
     python -m lab.figures 10a       four hosts of an A10G; --plot F.png draws it
-    python -m lab.figures ttft      time to first token against time per token, by --ttft-weight
+    python -m lab.figures ttft      time to first token against time per token, by --ttft-queue
     python -m lab.figures grid      8 testbeds, 8 workloads, 4 KV budgets
     python -m lab.figures all --output-dir results      all of them, each with JSON and plot
 
@@ -67,7 +67,7 @@ GRID_WORK = ((1000, 20), (1000, 50), (1000, 100), (1000, 200), (1000, 400),
              "osc", "azure-code", "azure-conv")
 GRID_BUDGETS = 0.01, 0.05, 0.2, 0.5     # share of the KV that GRID_RESIDENT requests need
 GRID_RESIDENT = 256
-TTFT_WEIGHTS = 0, 1, 2, 4, 8, 16
+TTFT_QUEUES = -1, 0, 1, 2, 4, 8
 SAVED = ("output_throughput", "request_throughput", "per_token_latency_ms", "mean_ttft_ms",
          "p99_ttft_ms", "mean_tpot_ms", "p99_tpot_ms", "kv_budget_gpu_tokens",
          "kv_budget_cpu_tokens", "fluid_request_rate", "fluid_share")
@@ -188,18 +188,18 @@ def figure_6_2xh100(args):
 
 
 def figure_ttft(args):
-    """TTFT and TPOT of neo by --ttft-weight, at about half the rate that it sustains."""
+    """TTFT and TPOT of neo by --ttft-queue, at about half the rate that it sustains."""
     loads = {"T4, OSC, 1.6/s": T4 | dict(workload="osc", rate=1.6),
              "g5.8xlarge, 200 out, 1.0/s": A10G | dict(simulate="g5.8xlarge",
                                                        workload=(1000, 200), rate=1.0),
              "2xH100, 200 out, 1.4/s": H100 | dict(workload=(1000, 200), rate=1.4)}
     spec = common(args, 1000)
-    specs = {(load, w): options | spec | dict(strategy="neo", ttft_weight=w)
-             for load, options in loads.items() for w in TTFT_WEIGHTS}
+    specs = {(load, w): options | spec | dict(strategy="neo", ttft_queue=w)
+             for load, options in loads.items() for w in TTFT_QUEUES}
     specs |= {(load, "gpu-whole"): options | spec | dict(strategy="gpu-whole")
               for load, options in loads.items()}
     results = run(specs, "figure ttft")
-    lines = [f"{'':30s}{'weight':>10s}{'TTFT ms':>9s}{'p99':>9s}{'TPOT ms':>9s}{'p99':>9s}"]
+    lines = [f"{'':30s}{'queue':>10s}{'TTFT ms':>9s}{'p99':>9s}{'TPOT ms':>9s}{'p99':>9s}"]
     curves = {}
     for (load, w), r in results.items():
         lines.append(f"{load:30s}{w:>10}{r['mean_ttft_ms']:9.0f}{r['p99_ttft_ms']:9.0f}"
