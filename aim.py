@@ -17,6 +17,7 @@ PROMPT_TOKENS = [32 * 1.3 ** k for k in range(20)]      # that are tried,
 HIDDEN = (0, 0.4, 0.7, 0.9, 1.1)        # and CPU decodes, as a share of those that stay hidden,
 SPLITS = [(x, y) for x in (0, 0.5) for y in (1, 0.75, 0.5)]     # and shares of prompts and CPU
 #                                                                 decodes that sub-batch B gets
+FEW = 4                     # CPU decodes: with fewer, whole requests are too coarse for a mean
 CPU_TIER = 0.9              # share of the CPU tier that its decodes can fill
 
 
@@ -120,6 +121,7 @@ def best_aim(perf, lengths, tokens, max_batch_tokens):
             gpu = max(1, (tokens["gpu"] - (i + o) / 2) / (kv + waiting_kv))
         most = CPU_TIER * tokens["cpu"] / kv
         hidden = steady.hidden(p, gpu) if most else 0
-        found += [steady.aim(p, gpu, cpu) for cpu in {min(x * hidden, most) for x in HIDDEN}]
+        aims = [steady.aim(p, gpu, cpu) for cpu in {min(x * hidden, most) for x in HIDDEN}]
+        found += [aim for aim in aims if not 0 < aim.cpu_decodes < FEW]
     enough = GOOD * max(aim.rate for aim in found)
     return min((aim for aim in found if aim.rate >= enough), key=lambda aim: aim.ms)

@@ -297,7 +297,7 @@ class Model:
     # ---- the pass
 
     def forward(self, b, kv, depth, activations):
-        """One sub-batch through `depth` layers and the head. Yields whenever another sub-batch may
+        """One sub-batch through `depth` layers. Yields whenever another sub-batch may
         take its turn; leaves its Activations in `activations`."""
         queue, index = self.queue, b.index
         act, linear, attend = self._place(b, kv)
@@ -427,7 +427,7 @@ def rope_table(cfg, max_len):
 def sample(logits, outs):
     """logits [S, V] float32, one row per output -> S token ids.
 
-    An output brings `params` (neo.SamplingParams), `rng` and `logprobs`. Greedy rows take the
+    An output brings `params` (request.SamplingParams), `rng` and `logprobs`. Greedy rows take the
     largest logit. Each other row draws one number from its own generator, so neither the batch nor
     the order of requests changes what it draws. Outputs that ask for log-probabilities get them.
     """

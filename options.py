@@ -20,7 +20,7 @@ def option(default, kind, help, unit=None):
 class Options:
     """How an engine is set up. None means: decided at start, from the model and the machine."""
     model: str
-    strategy: str = option("neo", str, "gpu-only, serial, symmetric, neo, or one of your own")
+    strategy: str = option("neo", str, "gpu-only, gpu-whole, serial, symmetric, neo, or your own")
     device: str = option("auto", str, "auto, cuda, or cpu (a worker thread plays the GPU)")
     dtype: str = option("auto", str, "of weights, activations and KV: auto, bf16, fp16, fp32")
     gpu_mem: float = option(

@@ -54,7 +54,7 @@ class Prediction(NamedTuple):
 
 class Span(NamedTuple):
     """Who worked on what, when. The model records one span for each stage of each layer."""
-    lane: str               # "gpu", "cpu", "copy" (of CPU decodes) or "move" (KV of prompts)
+    lane: str               # "gpu", "cpu", "copy" (to and from the host) or "move" (KV of prompts)
     stage: str              # "linear", "attend", "send", "cpu_attend", "receive", "store",
     #                         "fetch" or "head"
     layer: int

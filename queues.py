@@ -7,7 +7,8 @@ The GPU is a CUDA stream, or with no GPU a worker thread that plays it. One inte
     send(stage, layer, index, fn)      a copy to the host, after what was submitted; for `wait`
     fetch(stage, layer, index, fn)     a copy from the host, before what is submitted next
     wait(handle)                       until this is done
-    drain()                            until everything is done; raises the first error
+    drain()                            until a worker thread has done everything; raises its first
+                                       error. On CUDA what uses a result waits for it by itself
     spans()                            perfmodel.Spans of the run; waits for the GPU
     capture(calls)                     calls without arguments -> calls that cost less to launch
 

@@ -16,6 +16,9 @@ import numpy as np
 
 STEADY = (0.3, 0.7)     # the steady window lies between these shares of the completions
 FEW = 20                # with fewer completions in it, its throughput may mislead
+SHOW_SYMMETRIC = "python bench.py --strategies gpu-only,symmetric --timeline t.json"
+SHOW_NEO = ("python bench.py --model llama-7b --simulate t4 --gpu-blocks 54 --cpu-mem 18.6 "
+            "--max-batch-tokens 832 --dataset-name osc --num-prompts 300")
 LANES = {"gpu": "GPU", "cpu": "CPU", "copy": "copies", "move": "KV of prompts"}
 
 
@@ -152,6 +155,14 @@ def notes(results, outputs):
     if few:
         yield (f"note: fewer than {FEW} requests finish inside the steady window "
                f"({', '.join(few)}): it may mislead.")
+    neo = results.get("neo")
+    if neo and neo["cpu_decode_tokens"] and not neo["pipelined_iterations"] and neo["gpu_busy"]:
+        share = neo["cpu_busy"] / neo["gpu_busy"]
+        yield ("note: neo ran one sub-batch throughout, with CPU decodes in it. CPU attention took "
+               f"{100 * share:.0f} % of the GPU's time, and to hide it a second sub-batch would "
+               "read all weights once more.\n"
+               f"      Two sub-batches, for real: {SHOW_SYMMETRIC}\n"
+               f"      and under neo, simulated:  {SHOW_NEO}")
     if any(r["interrupted"] for r in results.values()):
         yield "note: interrupted; only completed requests are counted."
     names = list(outputs)

@@ -106,4 +106,5 @@ class RequestOutput:
         """The text that cannot change any more: its end may yet turn out to begin a stop string."""
         if self.finish_reason:
             return self.text
-        return self.text[:len(self.text) - max(map(len, self.params.stop), default=1) + 1]
+        longest_stop = max(map(len, self.params.stop), default=1)
+        return self.text[:max(0, len(self.text) - longest_stop + 1)]

@@ -81,17 +81,17 @@ class Scheduler:
         for tier, requests in self.running.items():
             needed = sum(self._blocks(r.num_tokens) for r in requests.values())
             self.slack[tier] = self.num_blocks[tier] - needed
-        for tier in self.strategy.tiers:                    # next tokens that do not fit
-            while self.slack[tier] < 0:
-                newest = max(self.running[tier].values(), key=self._rank)
-                if not (tier == "gpu" and newest.is_decoding and self.swap_out(plan, newest)):
-                    self._to_queue(plan, newest)
         try:
+            for tier in self.strategy.tiers:                # next tokens that do not fit
+                while self.slack[tier] < 0:
+                    newest = max(self.running[tier].values(), key=self._rank)
+                    if not (tier == "gpu" and newest.is_decoding and self.swap_out(plan, newest)):
+                        self._to_queue(plan, newest)
             plan.batches = [b for b in self.strategy.form(self, plan) if b.requests]
         except StrategyError:
             raise
         except Exception as error:
-            fail(self, f"form() failed with {type(error).__name__}: {error}", error)
+            fail(self, f"form() or order() failed with {type(error).__name__}: {error}", error)
         check_plan(self, plan, before)
         if self.perf and plan.batches:
             loads = [self.perf.load(b.work()) for b in plan.batches]
@@ -135,6 +135,7 @@ class Scheduler:
 
     def clear(self):
         """Forget every request: a strategy has broken the books."""
+        self.stats["recomputed_tokens"] = 0     # or check_plan would go on to refuse every plan
         self.waiting.clear()
         for requests in self.running.values():
             requests.clear()

@@ -9,7 +9,7 @@
 A strategy is a class with `tiers` (where it keeps KV) and form(s, plan) -> [Batch, ...], registered
 by name; `order(s, request)` is optional. It uses the verbs of Scheduler s: admit, decodes, swap_in,
 swap_out, refill_gpu, preempt, expected. Integers and predicted milliseconds only: this file knows
-no torch, no devices and no blocks. To write one, see the README and EXPERIMENTS.md.
+no torch and no devices. To write one, see the README and EXPERIMENTS.md.
 """
 from bisect import bisect_right
 from itertools import accumulate, islice
@@ -23,7 +23,7 @@ STRATEGIES = {}
 AIM_EVERY = 64        # iterations after which the aim is set anew, for all that run and
 SEEN = 64             # the first that wait
 HUNGER = 2            # While the tiers are empty, prompts come in up to 1 + 2 times as fast.
-SPARE = 8             # requests beyond that, while the queue is short
+SPARE = 8             # more requests may enter the CPU tier while few requests wait
 RESIDENTS = 1.3       # x the aim's CPU decodes may live in the CPU tier, so that work is at hand
 
 
@@ -44,7 +44,7 @@ def find_strategy(name):
 
 
 class Even:
-    """Prompts mixed evenly with decodes: in each iteration as many prompt tokens as the best steady
+    """Prompts mixed evenly with decodes: an iteration has as many prompt tokens as the best steady
     state has, and more while fewer requests run than in it."""
     aim = None
 
@@ -56,7 +56,11 @@ class Even:
         self.aim = best_aim(s.perf, lengths, tokens, s.max_batch_tokens)
 
     def admit(self, s, plan, num_shares=1):
-        """s.admit towards the aim. The CPU tier fills up to the aim's decodes, not further."""
+        """s.admit towards the aim: the CPU tier fills up to RESIDENTS x the aim's decodes.
+
+        While few requests wait, prompts are hurried: they go whole, and SPARE more requests may
+        enter the CPU tier.
+        """
         if self.aim is None or s.iteration % AIM_EVERY == 0:
             self.set_aim(s)
         aim = self.aim
@@ -66,7 +70,7 @@ class Even:
         most = RESIDENTS * aim.cpu_decodes + SPARE * hurried
         s.admit(plan, self.tiers,
                 lambda tier, r: tier == "gpu" or s.nothing_runs or len(s.running["cpu"]) < most,
-                None if hurried else [rows / num_shares] * num_shares)
+                None if hurried else [max(1, rows / num_shares)] * num_shares)
 
 
 @strategy("gpu-only")
@@ -127,8 +131,10 @@ class Neo(Even):
     2. Of several shapes, take the one with most tokens per predicted ms. A CPU decode that has
        waited k iterations counts as k tokens.
 
-    So nobody starves: one of M CPU decodes waits at most M + w (t - 1) iterations, where w = tokens
-    that an iteration has without CPU decodes, t = predicted time of everybody / of those w alone.
+    So nobody starves. Let w = tokens of an iteration without CPU decodes, and t = predicted time of
+    everybody / of those w alone. Once a CPU decode has waited more than w (t - 1) iterations, to
+    run everybody is worth more than to run none of the M CPU decodes. From then on at least the
+    oldest one runs in each iteration: nobody waits longer than M + w (t - 1) iterations.
     """
     tiers = ("gpu", "cpu")
 

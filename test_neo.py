@@ -1364,8 +1364,8 @@ FAULTS = {  # what goes wrong -> (what form() does after or in place of a Batch 
     "swaps a prompt": (swap_a_prompt, "cannot move to the gpu tier"),
     "preempts in every iteration": (thrashing, "it thrashes"),
     "one CPU decode an iteration": (one_at_a_time, "it left decodes out"),
-    "returns nothing": (lambda s, plan: [None], "form.. failed with AttributeError"),
-    "raises": (lambda s, plan: s.runing, "form.. failed with AttributeError"),
+    "returns nothing": (lambda s, plan: [None], "form.. or order.. failed with AttributeError"),
+    "raises": (lambda s, plan: s.runing, "form.. or order.. failed with AttributeError"),
     "admits to another tier": (lambda s, plan: s.admit(plan, ("host",)), "admits to ..host.."),
 }
 
@@ -2002,7 +2002,7 @@ def test_simulated_strategies_in_easy_corners():
     base = rate("gpu-only")
     fast = find_testbed("t4", cpu_bw=1e6, pcie_bw=1e6, cpu_launch_us=0)
     assert rate("neo", fast) > 4 * base and rate("symmetric", fast) > 3 * base
-    assert rate("neo", find_testbed("t4", cpu_bw=1e-6)) == pytest.approx(base, rel=1e-9)
+    assert rate("neo", find_testbed("t4", cpu_bw=1e-6)) == pytest.approx(base, rel=1e-3)
     big, roomy = find_testbed("t4", gpu_gb=200), dict(gpu_blocks=3000)
     assert rate("neo", big, **roomy) >= 0.99 * rate("gpu-only", big, **roomy)
 

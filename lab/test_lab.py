@@ -185,5 +185,5 @@ def test_figures(tmp_path, monkeypatch, capsys):
     figures.main(["6c", "--num-prompts", "10", "--result-filename", str(files[0]),
                   "--plot", str(files[1])])
     assert "gpu-only" in capsys.readouterr().out
-    assert len(json.loads(files[0].read_text())["results"]) == 13
+    assert len(json.loads(files[0].read_text())["results"]) == 19
     assert files[1].stat().st_size > 1000

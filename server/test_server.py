@@ -563,3 +563,5 @@ def test_settled_text_holds_back_what_may_begin_a_stop_string():
     assert out.settled_text() == "xx"
     out.request.finish_reason = "length"
     assert out.settled_text() == "xxab"
+    short = RequestOutput(Request(0, [], 16), SamplingParams(stop=["abcde"]), "abc")
+    assert short.settled_text() == ""
