@@ -87,6 +87,7 @@ class PerfModel:
     """
     gpu_scale = cpu_scale = 1.0     # measured / predicted, moving averages
     overhead_ms = 0.0               # what an iteration spends outside the layers and the head
+    most_rows = float("inf")        # of a sub-batch, whose time was measured and not guessed
 
     def __init__(self, n_layer, token_bytes):
         self.n_layer, self.token_bytes = n_layer, token_bytes
@@ -151,6 +152,7 @@ class Profile(PerfModel):
     def __init__(self, points, n_layer, token_bytes):
         super().__init__(n_layer, token_bytes)
         self._linear, self._lm_head = _curve(points["linear"]), _curve(points["lm_head"])
+        self.most_rows = self._linear[0][-1]
         self._prefill = _fit([[1, n, n * n] for n, _ in points["prefill"]], points["prefill"])
         self._gpu_decode = _fit([[1, kv] for kv, _ in points["gpu_decode"]], points["gpu_decode"])
         self._cpu_decode = _fit(
