@@ -13,10 +13,11 @@ from typing import NamedTuple
 from perfmodel import Work, layer_ms
 
 GOOD = 0.98                 # share of the best rate that is enough: the shortest iteration is taken
-PROMPT_TOKENS = [32 * 1.3 ** k for k in range(20)]      # that are tried,
-HIDDEN = (0, 0.4, 0.7, 0.9, 1.1)        # and CPU decodes, as a share of those that stay hidden,
-SPLITS = [(x, y) for x in (0, 0.5) for y in (1, 0.75, 0.5)]     # and shares of prompts and CPU
-#                                                                 decodes that sub-batch B gets
+# What is tried: prompt tokens of an iteration; CPU decodes, as a share of those that stay hidden;
+# and splits: the shares of the prompt tokens and of the CPU decodes that sub-batch B gets.
+PROMPT_TOKENS = [32 * 1.3 ** k for k in range(20)]
+HIDDEN = (0, 0.4, 0.7, 0.9, 1.1)
+SPLITS = [(x, y) for x in (0, 0.5) for y in (1, 0.75, 0.5)]
 FEW = 4                     # CPU decodes: with fewer, whole requests are too coarse for a mean
 CPU_TIER = 0.9              # share of the CPU tier that its decodes can fill
 
@@ -35,7 +36,7 @@ class MeanRequest(NamedTuple):
     prompt: float
     output: float
     kv: float               # cached, over its decodes
-    longest: float          # prompt that a mean prompt token is part of
+    longest: float          # mean over prompt tokens: the length of the prompt it is part of
 
     @classmethod
     def of(cls, lengths):
@@ -71,7 +72,8 @@ class SteadyState:
                 a = self.load(p * (1 - x), gpu, cpu * (1 - y), stored)
                 layer = min(layer, layer_ms(a, self.load(p * x, 0, cpu * y, stored)))
         num_sampled = p / self.mean.prompt + gpu + cpu
-        return self.perf.n_layer * layer + self.perf.lm_head(num_sampled) + self.perf.overhead_ms
+        perf = self.perf
+        return perf.n_layer * layer + perf.once_ms(num_sampled) + perf.overhead_ms
 
     def hidden(self, p, gpu):
         """CPU decodes that p prompt tokens and the GPU decodes hide, with a second sub-batch."""
@@ -115,8 +117,8 @@ def best_aim(perf, lengths, tokens, max_batch_tokens):
             continue
         gpu = 0
         if tokens["gpu"] >= i + o:
-            # A prompt in progress holds KV, but does not decode yet: 1 + i / p iterations of each
-            # request. Half a request's tokens stay free, on average.
+            # For i / p iterations, at least one, a prompt in progress holds KV but does not decode.
+            # That counts as KV of each decode. Half a request's tokens stay free, on average.
             waiting_kv = i * max(i / p, 1) / (o - 1)
             gpu = max(1, (tokens["gpu"] - (i + o) / 2) / (kv + waiting_kv))
         most = CPU_TIER * tokens["cpu"] / kv

@@ -1,13 +1,13 @@
 """Benchmark: the same requests under several strategies, side by side, on one machine in one run.
 
-    python bench.py                              llama-160m, under a minute on a laptop
+    python bench.py                              llama-160m, one to two minutes on a laptop
     python bench.py --model llama-7b             the main job, on a CUDA GPU or without one
     python bench.py --dataset-name osc --dataset-path osc_lengths.json --request-rate 2
     python bench.py --model llama-8b --simulate g5.4xlarge --input-len 1000 --output-len 200
 
 It prints what runs where with which KV budget, then a table and one sentence (report.py). Of the
 engine it knows LLM's public methods, the names and tiers of strategies, and the performance model
-of a simulation, for the fluid limit; nothing of plans, tensors or lab/. Test: pytest -k bench
+of a simulation, for the two limits; nothing of plans, tensors or lab/. Test: pytest -k bench
 """
 import json
 import math

@@ -16,6 +16,7 @@ import mmap
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
@@ -59,7 +60,7 @@ class SubBatch:
         """Rows whose k and v go to host memory."""
         return self.num_stored + self.num_cpu
 
-    @property
+    @cached_property            # every layer asks for it
     def stored_past(self):
         """prefill_past of the prompts bound for the CPU tier."""
         num_prompts = sum(end <= self.num_stored for end in accumulate(self.prefill_lens))
@@ -127,12 +128,12 @@ class KVCache:
         self.table = np.zeros((16, -(-max_len // block_size)), np.int32)    # a row per sequence
         self.free_rows = list(range(15, -1, -1))
         self.mover = ThreadPoolExecutor(1, "mover", torch.set_num_threads, (1,))
-        self.moves = []                                 # (layer, its copy) of the present swaps
+        self.swaps = []                                 # (layer, its copy) of the present swaps
         self.stream = self.stage = None                 # of these copies, on CUDA
         # KV of prompts on its way between the tiers, on a thread of its own
         self.porter = ThreadPoolExecutor(1, "porter", self._start_porter)
-        self.fetched, self.stored = {}, {}              # (sub-batch, layer) -> its job
-        self.moved = []                                 # Spans of these jobs, of the present run
+        self.fetches, self.stores = {}, {}              # (sub-batch, layer) -> its job
+        self.spans = []                                 # of these jobs, of the present run
 
     # ---- blocks
 
@@ -205,7 +206,7 @@ class KVCache:
         ids = torch.tensor(src_ids), torch.tensor(dst_ids)
         for i in range(len(src.k)):
             pair = (src.k[i], dst.k[i]), (src.v[i], dst.v[i])
-            self.moves.append((i, self.mover.submit(self._move, pair, *ids)))
+            self.swaps.append((i, self.mover.submit(self._move, pair, *ids)))
 
     def wait_swaps(self, layer):
         """Wait until a layer's swapped blocks have arrived; raise what went wrong with them.
@@ -213,18 +214,18 @@ class KVCache:
         A swapped request's old blocks may already belong to another request: wait before anyone
         writes to them.
         """
-        for i, move in self.moves:
+        for i, copy in self.swaps:
             if i <= layer:
-                move.result()
+                copy.result()
 
     def settle(self):
         """Wait until nothing is being copied, whether the copies succeeded or not -> Spans of the
-        prompts' KV that has moved."""
-        wait([move for _, move in self.moves] + [*self.fetched.values(), *self.stored.values()])
-        for jobs in (self.moves, self.fetched, self.stored):
+        prompts' KV that was stored and fetched."""
+        wait([copy for _, copy in self.swaps] + [*self.fetches.values(), *self.stores.values()])
+        for jobs in (self.swaps, self.fetches, self.stores):
             jobs.clear()
-        moved, self.moved = self.moved, []
-        return moved
+        spans, self.spans = self.spans, []
+        return spans
 
     def _move(self, pairs, src_ids, dst_ids):
         """Copy blocks of one layer's K and V, on the mover's thread; done when it returns. On CUDA
@@ -358,32 +359,32 @@ class KVCache:
                 result = work()
             if self.device.type == "cuda":
                 torch.cuda.current_stream().synchronize()   # the porter's own
-            self.moved.append(Span("move", stage, layer, b.index, start, time.perf_counter()))
+            self.spans.append(Span("move", stage, layer, b.index, start, time.perf_counter()))
             return result
         return self.porter.submit(job)
 
     def store_prompts(self, b, layer, k, v):
         """Start to store k, v [num_stored, Hkv, D] (NumPy) of prompts bound for the CPU tier. They
         are read in later iterations only; until `wait_stored` k and v must not change."""
-        self.stored[b.index, layer] = self._carry("store", b, layer, lambda: cpu_attn.store_kv(
+        self.stores[b.index, layer] = self._carry("store", b, layer, lambda: cpu_attn.store_kv(
             k, v, self.cpu_k[layer], self.cpu_v[layer], b.stored_slots))
 
     def wait_stored(self, b, layer):
         """Wait until a layer's prompts are stored; raise what went wrong with that."""
-        if job := self.stored.pop((b.index, layer), None):
+        if job := self.stores.pop((b.index, layer), None):
             job.result()
 
     def fetch_past(self, b, layer):
         """Start to bring a layer's earlier chunks from the CPU tier to the device, for
         `with_past`."""
         if any(past for past, _ in b.stored_past):
-            self.fetched[b.index, layer] = self._carry("fetch", b, layer,
-                                                       lambda: self._fetch(b, layer))
+            self.fetches[b.index, layer] = self._carry(
+                "fetch", b, layer, lambda: self._gather_past("cpu", layer, b.stored_past))
 
-    def _fetch(self, b, layer):
-        tier = self.tiers["cpu"]
-        return [[self._gather(cache[layer], blocks) for cache in (tier.k, tier.v)]
-                for _, blocks in b.stored_past]
+    def _gather_past(self, tier, layer, prefill_past):
+        """[(k, v)] of the blocks that each prompt has in a tier, [tokens, Hkv, D] on the device."""
+        caches = self.tiers[tier].k[layer], self.tiers[tier].v[layer]
+        return [[self._gather(cache, blocks) for cache in caches] for _, blocks in prefill_past]
 
     def _past_blocks(self, r):
         """Where the earlier chunks of a prompt lie, [n] int32, on the side of its tier."""
@@ -401,14 +402,13 @@ class KVCache:
         """
         if not any(n for n, _ in b.prefill_past):
             return b.prefill_lens, k, v
-        job, tier = self.fetched.pop((b.index, layer), None), self.tiers["gpu"]
+        job = self.fetches.pop((b.index, layer), None)
         pairs = job.result() if job else [(k[:0], v[:0])] * len(b.stored_past)
         for pair in pairs:
             for t in pair:
                 if t.is_cuda:           # it was allocated for the porter's stream
                     t.record_stream(torch.cuda.current_stream())
-        pairs += [[self._gather(cache[layer], blocks) for cache in (tier.k, tier.v)]
-                  for _, blocks in b.prefill_past[len(pairs):]]
+        pairs += self._gather_past("gpu", layer, b.prefill_past[len(pairs):])
         parts, start = ([], []), 0
         for rows, (past, _), pair in zip(b.prefill_lens, b.prefill_past, pairs, strict=True):
             for part, old, new in zip(parts, pair, (k, v), strict=True):

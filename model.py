@@ -114,7 +114,7 @@ class Model:
         self.may_capture = gpu_attn.padded and not eager
         self.cpu_dtype, self.cpu_format = cpu_dtype, DTYPE_NAMES[cpu_dtype]
         self.host = {}                              # sub-batch index -> HostBuffers
-        self.cpu_spans, self.moves = [], []         # of the last run
+        self.cpu_spans, self.move_spans = [], []    # of the last run
         self.random_weights = name in PRESETS
         self._allocate()
         if self.random_weights:
@@ -297,8 +297,8 @@ class Model:
     # ---- the pass
 
     def forward(self, b, kv, depth, activations):
-        """One sub-batch through `depth` layers. Yields whenever another sub-batch may
-        take its turn; leaves its Activations in `activations`."""
+        """One sub-batch through `depth` layers and the last half of the last one. Yields whenever
+        another sub-batch may take its turn; leaves its Activations in `activations`."""
         queue, index = self.queue, b.index
         act, linear, attend = self._place(b, kv)
         activations[index] = act
@@ -322,8 +322,6 @@ class Model:
                 self.cpu_attend(b, kv, i)
                 queue.fetch("receive", i, index, partial(self.receive, b, act))
         queue.submit("linear", len(self.layers), index, partial(self.linear, b, act))
-        for i in range(depth - 2, depth):
-            kv.wait_stored(b, i)
 
     @torch.inference_mode()
     def run(self, sub_batches, kv, depth=None):
@@ -349,17 +347,20 @@ class Model:
                     turns.rotate(-1)
             self.queue.submit("head", len(self.layers), 0,
                               lambda _: logits.append(self.head(activations.values())))
+            for b in sub_batches:
+                for i in (depth - 2, depth - 1):
+                    kv.wait_stored(b, i)    # raises what went wrong; earlier layers were waited for
         finally:                            # also when a stage failed: nothing may run on
             try:
                 self.queue.drain()
             finally:
-                self.moves = kv.settle()    # after the stages that wait for its copies
+                self.move_spans = kv.settle()   # after the stages that wait for its copies
         return logits[0]
 
     @property
     def spans(self):
         """perfmodel.Spans of the last run. Waits for the GPU."""
-        return self.queue.spans() + self.cpu_spans + self.moves
+        return self.queue.spans() + self.cpu_spans + self.move_spans
 
     # ---- where a sub-batch is computed
 

@@ -118,11 +118,15 @@ class PerfModel:
 
     def iteration(self, loads, num_sampled):
         """Loads of the sub-batches, and the rows that get a token in all -> Prediction."""
-        once_ms = self.lm_head(num_sampled) * self.gpu_scale if num_sampled else 0.0
+        once_ms = self.once_ms(num_sampled)
         return Prediction(
             self.n_layer * layer_ms(*loads) + once_ms + self.overhead_ms,
             self.n_layer * sum(x.linear_ms + x.gpu_ms for x in loads) + once_ms,
             self.n_layer * sum(x.cpu_ms for x in loads))
+
+    def once_ms(self, num_sampled):
+        """What an iteration does once, for num_sampled rows that get a token, corrected."""
+        return self.lm_head(num_sampled) * self.gpu_scale if num_sampled else 0.0
 
     def observe(self, predicted, measured):
         """Correct later predictions by one iteration's measured times (both Prediction).

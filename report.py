@@ -192,7 +192,8 @@ def sentence(results, where):
 def write_trace(path, trace):
     """Chrome / Perfetto trace of [(strategy, perfmodel.Span)]; open it in ui.perfetto.dev.
 
-    A strategy is a process; the GPU, the CPU and (on CUDA) the copies are its lanes.
+    A strategy is a process. Its lanes are the GPU, the CPU, on CUDA the copies, and the prompts'
+    KV on its way between the tiers.
     """
     strategies = list(dict.fromkeys(strategy for strategy, _ in trace))
     used = {span.lane for _, span in trace}

@@ -185,7 +185,7 @@ class Scheduler:
         plan.shares = [[] for _ in left]
         begun = [r for t in tiers for r in self.running[t].values() if not r.is_decoding]
         for r in sorted(begun, key=self._rank):
-            self._schedule(plan, r, left, shares)
+            self._schedule(plan, r, left, cut=bool(shares))
         while (self.waiting and max(left) >= 1 and self._tokens_left(plan)
                and self.num_running < MAX_RUNNING):
             if plan.preempted and not self.nothing_runs:
@@ -197,7 +197,7 @@ class Scheduler:
                 break
             self.waiting.remove(r)
             self._enter(r, tier, r.num_tokens)
-            self._schedule(plan, r, left, shares)
+            self._schedule(plan, r, left, cut=bool(shares))
 
     def swap_in(self, plan, r):
         """Move a decode from the CPU to the GPU tier. False, and no move, if it does not fit."""
@@ -242,7 +242,7 @@ class Scheduler:
 
     def _schedule(self, plan, r, left, cut):
         """Give a prompt rows of the first share that has some left: all that the prompt lacks, or a
-        chunk. What exceeds a share is taken from the next one."""
+        chunk if it may be cut. What exceeds a share is taken from the next one."""
         rows = min(r.num_tokens - r.num_cached, self._tokens_left(plan))
         i = next((i for i, n in enumerate(left) if n >= 1), None)
         if i is None or not rows:

@@ -20,11 +20,11 @@ from plan import check_strategy, prompt_work
 from scheduler import Batch
 
 STRATEGIES = {}
-AIM_EVERY = 64        # iterations after which the aim is set anew, for all that run and
-SEEN = 64             # the first that wait
+AIM_EVERY = 64        # iterations after which the aim is set anew
+SEEN = 64             # waiting requests that the aim takes into account, beside all that run
 HUNGER = 2            # While the tiers are empty, prompts come in up to 1 + 2 times as fast.
-SPARE = 8             # more requests may enter the CPU tier while few requests wait
-RESIDENTS = 1.3       # x the aim's CPU decodes may live in the CPU tier, so that work is at hand
+RESIDENTS = 1.3       # The CPU tier takes 1.3 x the aim's CPU decodes, so that work is at hand,
+SPARE = 8             # and 8 requests more while few requests wait.
 
 
 def strategy(name):
@@ -49,6 +49,7 @@ class Even:
     aim = None
 
     def set_aim(self, s):
+        """Aim at the best steady state for requests like those at hand."""
         requests = [*s.running["gpu"].values(), *s.running["cpu"].values(),
                     *islice(s.waiting, SEEN)]
         lengths = [(len(r.prompt), max(s.expected(r), len(r.output) + 1, 2)) for r in requests]
@@ -67,11 +68,11 @@ class Even:
         aim = self.aim
         emptiness = max(0.0, 1 - s.num_running / max(1, aim.gpu_decodes + aim.cpu_decodes))
         hurried = len(s.waiting) <= s.ttft_queue
-        rows = min(aim.prompt_tokens * (1 + HUNGER * emptiness), s.perf.most_rows)
+        prompt_tokens = min(aim.prompt_tokens * (1 + HUNGER * emptiness), s.perf.most_rows)
         most = RESIDENTS * aim.cpu_decodes + SPARE * hurried
         s.admit(plan, self.tiers,
                 lambda tier, r: tier == "gpu" or s.nothing_runs or len(s.running["cpu"]) < most,
-                None if hurried else [max(1, rows / num_shares)] * num_shares)
+                None if hurried else [max(1, prompt_tokens / num_shares)] * num_shares)
 
 
 @strategy("gpu-only")
@@ -140,7 +141,7 @@ class Neo(Even):
     tiers = ("gpu", "cpu")
 
     def form(self, s, plan):
-        if self.aim and self.aim.cpu_decodes < 1:   # out of the CPU tier, before others come in
+        if self.aim and not self.aim.cpu_decodes:   # out of the CPU tier, before others come in
             s.refill_gpu(plan)
         num_prompts = len(s.waiting) + s.num_running - len(s.decodes("gpu") + s.decodes("cpu"))
         self.admit(s, plan, num_shares=2 if s.running["cpu"] and num_prompts > 1 else 1)
@@ -157,8 +158,11 @@ class Neo(Even):
         found = [(shape, *ends) for shape in shapes for ends in shape.candidates()]
         if not found:
             return []
-        shape, in_b, num_cpu = max(
-            found, key=lambda f: (tokens + ages[f[2]]) / f[0].ms(f[1], f[2]))
+
+        def tokens_per_ms(candidate):
+            shape, in_b, num_cpu = candidate
+            return (tokens + ages[num_cpu]) / shape.ms(in_b, num_cpu)
+        shape, in_b, num_cpu = max(found, key=tokens_per_ms)
         return [Batch(shape.prompts[0], gpu, cpu[in_b:num_cpu]),
                 Batch(shape.prompts[1], (), cpu[:in_b])]
 
