@@ -25,7 +25,7 @@ from startup import CUDA_SHARE, GIB, device_name, fmt_gib
 
 GRAPH_BYTES = 256 << 20     # set aside for CUDA graphs: memory that torch does not count
 PROFILE_SECONDS = 8.0       # time for measuring the profile; what does not fit is left out
-PROFILE_VERSION = 6         # change it when what is measured changes
+PROFILE_VERSION = 7         # change it when what is measured changes
 PROFILE_DIR = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "neo"
 
 
@@ -186,8 +186,7 @@ def measure_profile(model, kv, budget):
     points = {k: [] for k in ("linear", "lm_head", "prefill", "gpu_decode", "cpu_decode",
                               "transfer")}
     tier = "cpu" if cpu_tokens else "gpu"
-    longest_prompt = min(budget.max_batch_tokens, budget.max_model_len, cpu_tokens or gpu_tokens)
-    prompts = [2 ** i for i in range(14) if 2 ** i <= longest_prompt]
+    prompts = list(prompt_lengths(budget, kv.tiers[tier].num_blocks))
     longest = min(budget.max_model_len, 1024)
     cpu_cases = [(n, part) for n in (1, 4, 16, 64) for part in (4, 1)]
     gpu_cases = (1, 4), (1, 2), (1, 1), (8, 1), (64, 1), (256, 1)
@@ -197,12 +196,14 @@ def measure_profile(model, kv, budget):
     def decode_length(num_requests, tokens_of_tier, part):
         return min(longest, tokens_of_tier // bs // num_requests * bs) // part
 
-    for n in prompts:                       # one prompt, stored to the CPU tier if there is one
+    for lengths in prompts:                 # stored to the CPU tier if there is one
         if not deadline.allows_point(reserve=PROFILE_SECONDS / 3):
-            break                                       # the last slope goes on from here
-        ms = time_stages(model, kv, [made_up_request(kv, n, tier)], "prefill", deadline)
+            break
+        n, requests = sum(lengths), [made_up_request(kv, length, tier) for length in lengths]
+        ms = time_stages(model, kv, requests, "prefill", deadline)
         points["linear"].append([n, ms["linear"]])
-        points["prefill"].append([n, ms["attend"]])
+        if len(lengths) == 1:
+            points["prefill"].append([n, ms["attend"]])
         if cpu_tokens:
             points["transfer"].append([n * budget.token_bytes["cpu"], ms["move"]])
         bar.update()
@@ -224,6 +225,18 @@ def measure_profile(model, kv, budget):
         bar.update()
     bar.close()
     return points
+
+
+def prompt_lengths(budget, num_blocks):
+    """Prompts for 1, 2, 4, ... rows, up to what an iteration may have and a tier of num_blocks
+    holds: one prompt, or several equal ones where one would be too long."""
+    n = 1
+    while n <= budget.max_batch_tokens:
+        count = -(-n // budget.max_model_len)
+        if count * -(-(n // count) // budget.block_size) > num_blocks:
+            return
+        yield [n // count] * count
+        n *= 2
 
 
 def time_stages(model, kv, requests, kind, deadline):

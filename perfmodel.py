@@ -87,7 +87,6 @@ class PerfModel:
     """
     gpu_scale = cpu_scale = 1.0     # measured / predicted, moving averages
     overhead_ms = 0.0               # what an iteration spends outside the layers and the head
-    most_rows = float("inf")        # of a sub-batch, whose time was measured and not guessed
 
     def __init__(self, n_layer, token_bytes):
         self.n_layer, self.token_bytes = n_layer, token_bytes
@@ -156,7 +155,6 @@ class Profile(PerfModel):
     def __init__(self, points, n_layer, token_bytes):
         super().__init__(n_layer, token_bytes)
         self._linear, self._lm_head = _curve(points["linear"]), _curve(points["lm_head"])
-        self.most_rows = self._linear[0][-1]
         self._prefill = _fit([[1, n, n * n] for n, _ in points["prefill"]], points["prefill"])
         self._gpu_decode = _fit([[1, kv] for kv, _ in points["gpu_decode"]], points["gpu_decode"])
         self._cpu_decode = _fit(
@@ -211,12 +209,14 @@ def _curve(points):
 
 
 def _interpolate(curve, n):
-    """Linear between measured points, constant below the first; the last slope goes on."""
+    """Linear between measured points, constant below the first. Beyond the last point n and ms grow
+    in proportion, so that a gain which nobody measured is not promised."""
     ns, ms = curve
     i = bisect_left(ns, n)
-    if i == 0 or len(ns) == 1:
+    if i == 0:
         return ms[0]
-    i = min(i, len(ns) - 1)
+    if i == len(ns):
+        return ms[-1] * n / ns[-1]
     return ms[i - 1] + (ms[i] - ms[i - 1]) * (n - ns[i - 1]) / (ns[i] - ns[i - 1])
 
 

@@ -54,8 +54,7 @@ class Even:
                     *islice(s.waiting, SEEN)]
         lengths = [(len(r.prompt), max(s.expected(r), len(r.output) + 1, 2)) for r in requests]
         tokens = {tier: n * s.block_size for tier, n in s.num_blocks.items()}
-        most = min(s.max_batch_tokens, s.perf.most_rows)    # aim at what was measured
-        self.aim = best_aim(s.perf, lengths, tokens, most)
+        self.aim = best_aim(s.perf, lengths, tokens, s.max_batch_tokens)
 
     def admit(self, s, plan, num_shares=1):
         """s.admit towards the aim: the CPU tier fills up to RESIDENTS x the aim's decodes.
@@ -68,7 +67,7 @@ class Even:
         aim = self.aim
         emptiness = max(0.0, 1 - s.num_running / max(1, aim.gpu_decodes + aim.cpu_decodes))
         hurried = len(s.waiting) <= s.ttft_queue
-        prompt_tokens = min(aim.prompt_tokens * (1 + HUNGER * emptiness), s.perf.most_rows)
+        prompt_tokens = aim.prompt_tokens * (1 + HUNGER * emptiness)
         most = RESIDENTS * aim.cpu_decodes + SPARE * hurried
         s.admit(plan, self.tiers,
                 lambda tier, r: tier == "gpu" or s.nothing_runs or len(s.running["cpu"]) < most,

@@ -934,7 +934,7 @@ def test_layer_formula():
 def test_profile_interpolates_fits_and_learns():
     p = Profile(
         {
-            "linear": [[1, 2.0], [4, 2.0], [8, 4.0]],
+            "linear": [[1, 2.0], [4, 2.0], [8, 3.0]],
             "lm_head": [[1, 1.0]],
             "prefill": [[n, 1 + 0.1 * n + 0.01 * n * n] for n in (1, 10, 50, 100)],
             "gpu_decode": [[100, 1.0], [200, 2.0]],
@@ -944,7 +944,8 @@ def test_profile_interpolates_fits_and_learns():
         2,
         {"gpu": 64, "cpu": 64},
     )
-    assert [p.linear(n) for n in (1, 3, 6, 10)] == [2.0, 2.0, 3.0, 5.0]
+    # beyond the last point in proportion, not along a slope that noise may have made too low
+    assert [p.linear(n) for n in (1, 3, 6, 16)] == [2.0, 2.0, 2.5, 6.0]
     assert p.prefill([20]) == pytest.approx(7.0) and p.gpu_decode(150) == pytest.approx(1.5)
     assert p.cpu_decode(2, 500) == pytest.approx(10.7) and p.transfer(30) == pytest.approx(2.0)
     want = p.iteration([p.load(Work(4))], 1)
@@ -952,6 +953,14 @@ def test_profile_interpolates_fits_and_learns():
     for _ in range(100):
         p.observe(p.iteration([p.load(Work(4))], 1), Prediction(13.0, 10.0, 0.0))
     assert p.iteration([p.load(Work(4))], 1).total_ms == pytest.approx(13.0, rel=0.02)
+
+
+def test_profile_measures_as_many_rows_as_an_iteration_may_have(tiny):
+    budget = dataclasses.replace(tiny.budget, max_batch_tokens=500)     # max_model_len is 128
+    lengths = list(measure.prompt_lengths(budget, 1000))
+    assert [sum(x) for x in lengths] == [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    assert lengths[-1] == [128, 128]
+    assert sum(list(measure.prompt_lengths(budget, 8))[-1]) == 128      # what 8 blocks of 16 hold
 
 
 # ------------------------------------------------------------------------------------ the loop
