@@ -27,7 +27,7 @@ from bounds import fluid_limit, pipelining_bound
 from checkpoint import load_config
 from kernels.cpu_bandwidth import host_read_bandwidth
 from neo import LLM, SamplingParams
-from options import Parser, add_engine_flags, engine_options
+from options import Parser, add_engine_flags, engine_options, output_file
 from startup import BLOCK_SIZE, machine, resolve_device
 from strategies import find_strategy
 from workload import DATASETS, Workload, draw_arrivals, draw_requests, fit_requests, num_tokens
@@ -162,8 +162,8 @@ def add_flags(parser, leave_out=()):
         "osc, azure-code and azure-conv are drawn to fit their published figures")
     add("--repeats", type=int, default=1, metavar="N", help="interleaved rounds; gives medians")
     add("--save-result", action="store_true", help="write JSON (also with --result-filename)")
-    add("--result-filename", metavar="F.json")
-    add("--plot", metavar="F.png", help="draw the results (needs matplotlib)")
+    add("--result-filename", type=output_file, metavar="F.json")
+    add("--plot", type=output_file, metavar="F.png", help="draw the results (needs matplotlib)")
     add("--verbose", action="store_true", help="one line per iteration")
     add_engine_flags(parser, ("strategy", *leave_out))
 
@@ -181,7 +181,7 @@ def parse_args(argv=None):
     parser = Parser("Strategies side by side on the same requests.")
     parser.add_argument("--request-rate", type=float, default=math.inf, metavar="R",
                         help="Poisson arrivals per second; inf: all at once")
-    parser.add_argument("--timeline", metavar="F.json",
+    parser.add_argument("--timeline", type=output_file, metavar="F.json",
                         help="Chrome / Perfetto trace of the first round")
     add_flags(parser)
     args = parser.parse_args(argv)

@@ -13,6 +13,11 @@ import torch
 
 # ---------------------------------------------------------------------------------- geometry
 
+ROPE_NUMBERS = {"default": (), "linear": ("factor",),       # that each kind of scaling needs
+                "llama3": ("factor", "low_freq_factor", "high_freq_factor",
+                           "original_max_position_embeddings")}
+
+
 @dataclass(frozen=True)
 class Config:
     """Geometry of a Llama model. Raises ValueError on what this engine cannot run."""
@@ -32,6 +37,19 @@ class Config:
     dtype: str = "bf16"             # of the checkpoint
 
     def __post_init__(self):
+        for name in ("n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "n_ffn", "vocab_size",
+                     "max_position"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} = {value!r}: must be a whole number, 1 or more")
+        for name in ("rope_theta", "norm_eps"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value < float("inf"):
+                raise ValueError(f"{name} = {value!r}: must be a number above 0")
+        if type(self.tie_embeddings) is not bool:
+            raise ValueError(f"tie_embeddings = {self.tie_embeddings!r}: must be true or false")
+        if not all(type(t) is int for t in self.eos_ids):
+            raise ValueError(f"eos_ids = {self.eos_ids!r}: must be token ids")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"{self.n_head} query heads are not a multiple of {self.n_kv_head} "
                              "KV heads")
@@ -41,6 +59,11 @@ class Config:
         if rope_type not in ("default", "linear", "llama3"):
             raise ValueError(f"RoPE scaling {rope_type!r} is not supported: use linear, llama3 or "
                              "none")
+        for key in ROPE_NUMBERS[rope_type]:
+            value = self.rope_scaling.get(key)
+            if type(value) not in (int, float) or not 0 < value < float("inf"):
+                raise ValueError(f"RoPE scaling {rope_type!r}: {key} = {value!r} must be a number "
+                                 "above 0")
 
     @property
     def num_params(self):
@@ -73,10 +96,19 @@ def load_config(model):
     if model in PRESETS:
         return PRESETS[model]
     path = Path(model)
-    if (path / "config.json").is_file():
-        return _hf_config(read_json(path / "config.json"))
-    if (path / "params.json").is_file():
-        return _meta_config(path)
+    for name, read in (("config.json", _hf_config), ("params.json", _meta_config)):
+        if (path / name).is_file():
+            values = read_json(path / name)
+            if not isinstance(values, dict):
+                raise ValueError(f"{path / name}: must be a JSON object, not a "
+                                 f"{type(values).__name__}")
+            try:
+                return read(values, path)
+            except ValueError as error:
+                raise ValueError(f"{path / name}: {error}") from None
+            except (TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+                raise ValueError(f"{path / name}: a value is missing or of the wrong type "
+                                 f"({type(error).__name__}: {error})") from None
     if path.is_dir():
         raise ValueError(f"{model}: neither config.json (Hugging Face) nor params.json (Meta) in "
                          "this folder")
@@ -91,20 +123,29 @@ def read_json(path):
         raise ValueError(f"{path} is not valid JSON ({error}): copy the file again") from None
 
 
-def _hf_config(c):
+def _hf_config(c, path):
     architectures, model_type = c.get("architectures"), c.get("model_type", "llama")
     if architectures not in (None, ["LlamaForCausalLM"]) or model_type != "llama":
         raise ValueError(f"architecture {architectures} (model_type {model_type!r}) is not "
                          "supported: this engine runs LlamaForCausalLM")
     for key, value in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
         if c.get(key, value) != value:
-            raise ValueError(f"config.json: {key} = {c[key]!r} is not supported (only {value!r})")
+            raise ValueError(f"{key} = {c[key]!r} is not supported (only {value!r})")
     required = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size",
                 "vocab_size")
     if missing := [key for key in required if key not in c]:
-        raise ValueError(f"config.json lacks {', '.join(missing)}")
-    rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})  # transformers 5 | older
-    rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    kinds = {}      # of both spellings: transformers 5, and older
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = c.get(key) or {}
+        if any(isinstance(value, dict) for value in rope.values()):
+            raise ValueError(f"{key} differs from layer to layer: this is not supported")
+        kinds[key] = rope.get("rope_type", rope.get("type", "default"))
+    scaled = [key for key, kind in kinds.items() if kind != "default"]
+    if len({kinds[key] for key in scaled}) > 1:
+        raise ValueError(f"rope_parameters and rope_scaling contradict each other: {kinds}")
+    key = scaled[0] if scaled else "rope_parameters"
+    rope = {**(c.get("rope_parameters") or {}), **(c.get(key) or {}), "rope_type": kinds[key]}
     eos_ids = c.get("eos_token_id")
     if not isinstance(eos_ids, list):
         eos_ids = [] if eos_ids is None else [eos_ids]
@@ -120,8 +161,7 @@ def _hf_config(c):
         eos_ids=tuple(eos_ids), dtype={"float16": "fp16", "float32": "fp32"}.get(dtype, "bf16"))
 
 
-def _meta_config(path):
-    p = read_json(path / "params.json")
+def _meta_config(p, path):
     E, H = p["dim"], p["n_heads"]
     ffn = int(p.get("ffn_dim_multiplier", 1) * int(2 * 4 * E / 3))
     theta, scaled = p.get("rope_theta", 10000.0), p.get("use_scaled_rope", False)
@@ -151,7 +191,13 @@ def _hf_tensors(path):
     index = path / "model.safetensors.index.json"
     files = sorted(path.glob("*.safetensors"))
     if index.is_file():
-        files = sorted({path / name for name in read_json(index)["weight_map"].values()})
+        names = read_json(index)
+        names = names.get("weight_map") if isinstance(names, dict) else None
+        if not isinstance(names, dict) or not all(
+                isinstance(n, str) and Path(n).name == n for n in names.values()):
+            raise ValueError(f"{index}: its weight_map must give the name of a file in this folder "
+                             "for every tensor")
+        files = sorted({path / name for name in names.values()})
     if not files:
         raise ValueError(f"{path}: no *.safetensors here")
     for file in files:
@@ -224,19 +270,37 @@ class Tokenizer:
         if (path / "tokenizer.json").is_file():
             try:
                 import tokenizers
-                self.hf = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
-                return
             except ImportError:
                 if not (path / "tokenizer.model").is_file():
                     raise ValueError(
                         f"{path}/tokenizer.json needs the package tokenizers: pip install "
                         "tokenizers (or give prompts as token ids)") from None
+            else:
+                self._load_hf(tokenizers, path / "tokenizer.json")
+                return
         import sentencepiece
         model_file = str(path / "tokenizer.model")
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_file=model_file)
         except (OSError, RuntimeError) as error:
             raise ValueError(f"{model_file} is not a sentencepiece model ({error})") from None
+        self.longest = max(len(self.sp.id_to_piece(i)) for i in range(self.sp.vocab_size()))
+
+    def _load_hf(self, tokenizers, file):
+        try:
+            self.hf = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:      # the package raises Exception itself, and names no file
+            raise ValueError(f"{file} is truncated or no tokenizer ({error}): copy the file again"
+                             ) from None
+        self.longest = max(map(len, self.hf.get_vocab()), default=1)    # characters of a token
+
+    def check_chars(self, text, max_tokens):
+        """Raise ValueError on a text that must have more tokens, because of its characters: to
+        tokenize megabytes takes seconds."""
+        if len(text) > max_tokens * self.longest:
+            raise ValueError(
+                f"prompt of {len(text)} characters: it has at least "
+                f"{-(-len(text) // self.longest)} tokens, and the limit is {max_tokens}")
 
     def encode(self, text, special=True):
         """Text -> token ids. Raises ValueError on text that is no Unicode.
@@ -244,8 +308,8 @@ class Tokenizer:
         special  put the model's begin-of-text id first
         """
         text.encode()
-        if self.hf:
-            return self.hf.encode(text, add_special_tokens=special).ids
+        if self.hf:         # a batch, because that releases the GIL
+            return self.hf.encode_batch([text], add_special_tokens=special)[0].ids
         return self.sp.encode(text, add_bos=special)
 
     def decode(self, ids):

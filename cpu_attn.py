@@ -242,10 +242,11 @@ class _Workspace(threading.local):
         threads, heads, D, chunk = shape
         width = max(chunk, D) + 16
         if self.shape != shape:
-            self.shape, self.parts = shape, None
+            self.shape = self.parts = None      # an error leaves no scratch of another shape
             self.scratch = (_empty((threads, heads, D), np.uint16),
                             _empty((threads, heads + 1, width), np.float32),
                             _empty((threads, heads, width), np.uint16))
+            self.shape = shape
         if self.parts is None or len(self.parts[0]) < items:
             shapes = (heads, D), (heads + 16,), (heads + 16,)
             self.parts = [_empty((2 * items, *shape), np.float32) for shape in shapes]

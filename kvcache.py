@@ -157,6 +157,19 @@ class KVCache:
             self.table[seq.row] = 0         # a padded table must name blocks that exist
             self.free_rows.append(seq.row)
 
+    def keep(self, request_ids):
+        """Keep these requests alone, and make the lists of free blocks and rows anew: after an
+        error, for which any of the methods here may have been left half done."""
+        for pool in (self.mover, self.porter):
+            pool.submit(int).result()           # each works in order: now nothing is copied
+        self.sequences = {i: seq for i, seq in self.sequences.items() if i in request_ids}
+        for name, tier in self.tiers.items():
+            owned = {b for s in self.sequences.values() if s.tier == name for b in s.blocks}
+            tier.free_blocks = [b for b in range(tier.num_blocks - 1, -1, -1) if b not in owned]
+        rows = {s.row for s in self.sequences.values()}
+        self.free_rows = [row for row in range(len(self.table) - 1, -1, -1) if row not in rows]
+        self.table[self.free_rows] = 0
+
     def _new_row(self):
         if not self.free_rows:
             n = len(self.table)

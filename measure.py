@@ -16,17 +16,17 @@ import torch
 from tqdm import tqdm
 
 from kvcache import KVCache
-from model import SAMPLED_AT_ONCE, draw
 from perfmodel import load_profile, save_profile
 from plan import Batch
 from request import Request, SamplingParams
+from sampling import SAMPLED_AT_ONCE, draw
 from scheduler import MAX_RUNNING
 from startup import CUDA_SHARE, GIB, device_name, fmt_gib
 
 GRAPH_BYTES = 256 << 20     # set aside for CUDA graphs: memory that torch does not count
 PROFILE_SECONDS = 8.0       # time for measuring the profile; what does not fit is left out
 PROFILE_VERSION = 7         # change it when what is measured changes
-PROFILE_DIR = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "neo"
+PROFILE_DIR = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neo"
 
 
 # ------------------------------------------------------------- what the GPU has room for
@@ -259,11 +259,13 @@ def time_stages(model, kv, requests, kind, deadline):
         ms = Counter()
         for span in spans:
             ms[counted_as(span, kind), span.layer] += 1e3 * (span.end - span.start)
-        # one layer, the embedding and the head
-        once = ms.pop(("linear", 0)) + ms.pop(("linear", L)) + ms.pop(("head", L))
+        # the embedding, half a layer; half a layer; the head
+        ends, head = ms.pop(("linear", 0)) + ms.pop(("linear", L)), ms.pop(("head", L))
         for (stage, _), value in ms.items():
             times[stage].append(value)
-        times["lm_head"].append(max(once - statistics.median(times["linear"]), 0.0))
+        if depth == 1:
+            times["linear"].append(ends)
+        times["lm_head"].append(head + max(ends - statistics.median(times["linear"]), 0.0))
         if deadline.pass_seconds > 0.1:
             break                                       # a slow pass is not repeated
     for r in requests:

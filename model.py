@@ -34,7 +34,6 @@ from kvcache import zeros
 from perfmodel import Span
 from queues import Captures, CudaQueue, ThreadQueue
 
-SAMPLED_AT_ONCE = 64    # rows: sorting a vocabulary takes 30 bytes for each logit of a row
 TABLE_SIZE = 4_194_301  # random weights that are drawn; prime, so that no two rows are alike
 
 
@@ -72,16 +71,21 @@ class HostBuffers:
     def __init__(self, num_heads, num_kv_heads, head_dim, kv_dtype, pinned):
         q, k = (num_heads, head_dim, torch.float32), (num_kv_heads, head_dim, kv_dtype)
         self.shapes = {"q": q, "o": q, "k": k, "v": k, "prompt_k": k, "prompt_v": k}
-        self.pinned, self.numpy = pinned, {}
+        self.pinned, self.buffers = pinned, {}      # name -> (tensor, the same as NumPy's array)
 
     def fit(self, num_cpu, num_stored):
         """Make room for num_cpu decode rows, and twice for num_stored prompt rows."""
         for name, (heads, D, dtype) in self.shapes.items():
             rows = 2 * num_stored if name.startswith("prompt") else num_cpu
-            if name not in self.numpy or len(self.numpy[name]) < rows:
+            if name not in self.buffers or len(self.tensor(name)) < rows:
                 t = torch.empty(2 * rows, heads, D, dtype=dtype, pin_memory=self.pinned)
-                setattr(self, name, t)
-                self.numpy[name] = as_numpy(t)
+                self.buffers[name] = t, as_numpy(t)
+
+    def tensor(self, name):
+        return self.buffers[name][0]
+
+    def numpy(self, name):
+        return self.buffers[name][1]
 
     @staticmethod
     def place(num_stored, layer):
@@ -202,7 +206,13 @@ class Model:
                 raise ValueError(
                     f"{path}: {name} has shape {list(tensor.shape)}, the config asks for "
                     f"{list(view.shape)}: config and weights do not belong together")
+            if not tensor.is_floating_point():
+                raise ValueError(f"{path}: {name} has dtype {tensor.dtype}: weights must be "
+                                 "floating point (quantised checkpoints are not supported)")
             view.copy_(tensor)
+            if not view.sum(dtype=torch.float32).isfinite() and not view.isfinite().all():
+                raise ValueError(f"{path}: {name} has NaN or infinite weights in {self.dtype}: "
+                                 "download it again, or take a wider --dtype")
         for what, names in (("lacks", list(views)), ("has unexpected", unknown)):
             if names:
                 raise ValueError(
@@ -272,26 +282,26 @@ class Model:
         host memory."""
         host, (q, k, v) = self.host[b.index], self._split(act.qkv)
         first = b.num_prefill + b.num_gpu_rows
-        for dst, src in ((host.q, q), (host.k, k), (host.v, v)):
-            dst[:b.num_cpu].copy_(src[first:first + b.num_cpu], non_blocking=True)
+        for name, src in (("q", q), ("k", k), ("v", v)):
+            host.tensor(name)[:b.num_cpu].copy_(src[first:first + b.num_cpu], non_blocking=True)
         place = host.place(b.num_stored, i)
-        for dst, src in ((host.prompt_k, k), (host.prompt_v, v)):
-            dst[place].copy_(src[:b.num_stored], non_blocking=True)
+        for name, src in (("prompt_k", k), ("prompt_v", v)):
+            host.tensor(name)[place].copy_(src[:b.num_stored], non_blocking=True)
 
     def cpu_attend(self, b, kv, i):
         """Layer i's CPU decodes, on this thread and Numba's: k and v into the CPU tier, then
         attention."""
         start, host, n = time.perf_counter(), self.host[b.index].numpy, b.num_cpu
         k_cache, v_cache = kv.cpu_k[i], kv.cpu_v[i]
-        cpu_attn.store_kv(host["k"][:n], host["v"][:n], k_cache, v_cache, b.cpu_slots)
-        cpu_attn.paged_decode(host["q"][:n], k_cache, v_cache, b.cpu_table, b.cpu_lens,
-                              host["o"][:n], self.cfg.head_dim ** -0.5, self.cpu_format)
+        cpu_attn.store_kv(host("k")[:n], host("v")[:n], k_cache, v_cache, b.cpu_slots)
+        cpu_attn.paged_decode(host("q")[:n], k_cache, v_cache, b.cpu_table, b.cpu_lens,
+                              host("o")[:n], self.cfg.head_dim ** -0.5, self.cpu_format)
         end = time.perf_counter()
         self.cpu_spans.append(Span("cpu", "cpu_attend", i, b.index, start, end))
 
     def receive(self, b, act, i):
         """Attention output of the CPU-decode rows -> act.o."""
-        first, o = b.num_prefill + b.num_gpu_rows, self.host[b.index].o
+        first, o = b.num_prefill + b.num_gpu_rows, self.host[b.index].tensor("o")
         act.o[first:first + b.num_cpu].copy_(o[:b.num_cpu].to(self.device, non_blocking=True))
 
     # ---- the pass
@@ -317,7 +327,7 @@ class Model:
                 queue.wait(sent)
             if b.num_stored:
                 host, place = self.host[index].numpy, HostBuffers.place(b.num_stored, i)
-                kv.store_prompts(b, i, host["prompt_k"][place], host["prompt_v"][place])
+                kv.store_prompts(b, i, host("prompt_k")[place], host("prompt_v")[place])
             if b.num_cpu:
                 self.cpu_attend(b, kv, i)
                 queue.fetch("receive", i, index, partial(self.receive, b, act))
@@ -356,6 +366,11 @@ class Model:
             finally:
                 self.move_spans = kv.settle()   # after the stages that wait for its copies
         return logits[0]
+
+    def settle(self, kv):
+        """After a run that failed: wait until nothing of it works on."""
+        self.queue.settle()
+        kv.settle()
 
     @property
     def spans(self):
@@ -421,53 +436,3 @@ def rope_table(cfg, max_len):
         freq = freq * (keep + (1 - keep) / scaling["factor"])
     angle = torch.arange(max_len, dtype=torch.float32)[:, None] * freq
     return angle.cos(), angle.sin()
-
-
-# ---------------------------------------------------------------------------------- sampling
-
-def sample(logits, outs):
-    """logits [S, V] float32, one row per output -> S token ids.
-
-    An output brings `params` (request.SamplingParams), `rng` and `logprobs`. Greedy rows take the
-    largest logit. Each other row draws one number from its own generator, so neither the batch nor
-    the order of requests changes what it draws. Outputs that ask for log-probabilities get them.
-    """
-    # NumPy's argmax is ten times faster than torch's on a CPU
-    best = logits.argmax(-1) if logits.is_cuda else logits.numpy().argmax(-1)
-    tokens = best.tolist()
-    for rows in _groups(i for i, out in enumerate(outs) if out.params.temperature):
-        params = [outs[i].params for i in rows]
-        numbers = [outs[i].rng.random() for i in rows]
-        for i, token in zip(rows, draw(logits[rows], params, numbers), strict=True):
-            tokens[i] = token
-    for rows in _groups(i for i, out in enumerate(outs) if out.params.logprobs):
-        chosen = torch.tensor([tokens[i] for i in rows], device=logits.device)[:, None]
-        found = logits[rows].log_softmax(-1).gather(1, chosen)[:, 0].tolist()
-        for i, logprob in zip(rows, found, strict=True):
-            outs[i].logprobs.append(logprob)
-    return tokens
-
-
-def _groups(rows):
-    rows = list(rows)
-    return [rows[i:i + SAMPLED_AT_ONCE] for i in range(0, len(rows), SAMPLED_AT_ONCE)]
-
-
-def draw(logits, params, numbers):
-    """Invert the (truncated) distribution of each row at a number in [0, 1).
-
-    logits [R, V]; params: R objects with temperature, top_p, top_k -> R token ids.
-    """
-    def column(values):
-        return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
-    V = logits.shape[1]
-    temperature, top_p = column([p.temperature for p in params]), column([p.top_p for p in params])
-    top_k = column([p.top_k or V for p in params])
-    x, order = (logits / temperature).sort(descending=True)             # [R, V] likeliest first
-    probs = x.softmax(-1)
-    before = probs.cumsum(-1) - probs                                   # mass of likelier tokens
-    keep = (torch.arange(V, device=x.device) < top_k) & (before < top_p)
-    mass = (probs * keep).cumsum(-1)
-    reached = (mass <= column(numbers) * mass[:, -1:]).sum(-1, keepdim=True)
-    last_kept = keep.sum(-1, keepdim=True).clamp(min=1) - 1
-    return order.gather(1, reached.clamp(max=last_kept))[:, 0].tolist()

@@ -22,7 +22,7 @@ from checkpoint import StreamDecoder, load_config, load_tokenizer
 from gpu_attn import choose
 from kvcache import KVCache
 from measure import measure_gpu_blocks, profile_points, warm_up
-from model import Model, sample
+from model import Model
 from options import Options, Parser, add_engine_flags, engine_options
 from perfmodel import (
     Prediction,
@@ -34,7 +34,8 @@ from perfmodel import (
     find_testbed,
 )
 from request import Request, RequestOutput, SamplingParams
-from scheduler import Scheduler, StrategyError
+from sampling import sample
+from scheduler import Scheduler
 from startup import (
     device_name,
     fmt_gib,
@@ -154,17 +155,24 @@ class LLM:
         request_id = self.num_added if request_id is None else request_id
         if request_id in self.outputs:
             raise ValueError(f"request id {request_id!r} is in flight already")
-        stop_ids = frozenset() if params.ignore_eos else frozenset(self.cfg.eos_ids)
+        stop_ids = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            stop_ids |= set(self.cfg.eos_ids)
         request = Request(request_id, ids, min(params.max_tokens, self.max_request_len - len(ids)),
-                          stop_ids, params.ignore_eos)
-        self.scheduler.add(request)
+                          stop_ids, exact_length=params.ignore_eos and not stop_ids)
         self.num_added += 1
-        out = self.outputs[request_id] = RequestOutput(request, params)
+        out = RequestOutput(request, params)
         if params.temperature:
             unseeded = f"{self.seed}/{self.num_added}"
             out.rng = random.Random(unseeded if params.seed is None else str(params.seed))
         if self.tokenizer:
             out.decoder = StreamDecoder(self.tokenizer)
+        try:
+            self.outputs[request_id] = out
+            self.scheduler.add(request)
+        except BaseException:
+            self._repair([request])
+            raise
         return request_id
 
     def check_prompt(self, prompt, params):
@@ -176,7 +184,10 @@ class LLM:
                                  "ids")
             if not prompt:
                 raise ValueError("the prompt is empty: give at least one character")
+            self.tokenizer.check_chars(prompt, self.max_request_len)
             prompt = self.tokenizer.encode(prompt)
+        elif isinstance(prompt, list):
+            self.scheduler.check_length(len(prompt))
         try:
             ids = [int(t) for t in prompt]
         except (TypeError, ValueError):
@@ -185,9 +196,11 @@ class LLM:
         if not ids:
             raise ValueError("the prompt is empty: give at least one token id")
         V = self.cfg.vocab_size
-        wrong = next((t for t in ids if not 0 <= t < V), None)
-        if wrong is not None:
-            raise ValueError(f"token id {wrong} is outside the vocabulary 0..{V - 1}")
+        for what, some in (("token id", ids), ("stop_token_ids:", params.stop_token_ids),
+                           ("logit_bias: token id", params.logit_bias)):
+            wrong = next((t for t in some if not 0 <= t < V), None)
+            if wrong is not None:
+                raise ValueError(f"{what} {wrong} is outside the vocabulary 0..{V - 1}")
         if params.stop and not self.tokenizer:
             raise ValueError(f"stop strings need text, and {self.name} comes without a tokenizer")
         self.scheduler.check_length(len(ids))
@@ -198,8 +211,12 @@ class LLM:
         flight."""
         out = self.outputs.get(request_id)
         if out:
-            self.scheduler.finish(out.request, "abort")
-            self._close(out)
+            try:
+                self.scheduler.finish(out.request, "abort")
+                self._close(out)
+            except BaseException:
+                self._repair([out.request])
+                raise
         return out
 
     # ---- tokens out
@@ -208,16 +225,17 @@ class LLM:
         """One iteration. Returns the outputs that got a token: none when nothing is in flight, or
         when all rows belong to prompts with more chunks to come.
 
-        If anything raises, the requests of this iteration are aborted (after a StrategyError all
-        are: its books cannot be trusted), the others go on, and it is raised again.
+        Whatever raises, it is raised again, and the engine can go on: what fails while planning
+        changes nothing, and what fails later aborts the requests of this iteration alone.
         """
         if not self.outputs:
             return []
-
-        # 1) Plan: who has rows, and in which tier their KV lies.
-        start = self.clock()
-        plan = self._plan()
+        before = plan = None
         try:
+            # 1) Plan: who has rows, and in which tier their KV lies.
+            start, before = self.clock(), self.scheduler.snapshot()
+            plan = self.scheduler.plan()
+
             # 2) Bind: blocks are freed, moved and reserved; rows become tensors.
             for r in plan.preempted:
                 self.kv.release(r.id)
@@ -237,28 +255,32 @@ class LLM:
             self.scheduler.commit(plan, tokens)
             for out in outs:
                 self._grow(out)
-        except BaseException:
-            for r in {r.id: r for r in plan.requests + plan.swap_in + plan.swap_out}.values():
-                self.abort(r.id)
-            raise
 
-        # 5) Measure: correct the predictions.
-        self._measure(plan, start, model_end - model_start, self.clock())
+            # 5) Measure: correct the predictions.
+            self._measure(plan, start, model_end - model_start, self.clock())
+        except BaseException:
+            if before and not plan:
+                self.scheduler.restore(before)
+            self._repair(plan.requests + plan.swap_in + plan.swap_out if plan else [])
+            raise
         return outs
 
-    def _plan(self):
-        try:
-            return self.scheduler.plan()
-        except StrategyError:
-            self.scheduler.clear()
-            for out in list(self.outputs.values()):
-                out.request.finish_reason = "abort"
-                self._close(out)
-            raise
+    def _repair(self, lost):
+        """After an error, which may have left any function half done: end the `lost` requests, and
+        make the books of both tiers anew from the requests that remain."""
+        self.model.settle(self.kv)
+        for r in lost:
+            out = self.outputs.pop(r.id, None)
+            if out:
+                r.finish_reason = "abort"
+        self.scheduler.keep([out.request for out in self.outputs.values()])
+        self.kv.keep({r.id for tier in self.scheduler.running.values() for r in tier.values()})
 
     def _grow(self, out):
         """After a new token: text, stop strings, the end."""
         reason, stops = out.finish_reason, out.params.stop
+        if len(out.token_ids) <= out.params.min_tokens:
+            stops = []
         if out.decoder:
             # an end-of-text id is no text
             ids = out.token_ids[:-1] if reason == "stop" else out.token_ids
@@ -276,7 +298,7 @@ class LLM:
 
     def _close(self, out):
         self.kv.release(out.request_id)
-        del self.outputs[out.request_id]
+        self.outputs.pop(out.request_id, None)
 
     def _measure(self, plan, start, model_seconds, end):
         spans, s = self.model.spans, self.scheduler

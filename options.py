@@ -5,8 +5,10 @@ flags, and `startup.plan_budget` what the memory budget is computed from. To add
 field here and use it where it matters. Knows nothing of torch, models or strategies.
 """
 import argparse
+import os
 import sys
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from perfmodel import TESTBEDS, find_testbed
 
@@ -90,6 +92,16 @@ class Parser(argparse.ArgumentParser):
             if moved:
                 self.error(f"{flag} is no flag of this command any more. Now: {MOVED[flag]}")
         return super().parse_args(argv)
+
+
+def output_file(text):
+    """An argparse type: a file that can be written. It is asked before any work, not after it."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: its folder does not exist, or it is a folder")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text}: no permission to write there")
+    return text
 
 
 def add_engine_flags(parser, leave_out=()):

@@ -18,7 +18,10 @@ One sub-batch alone is the case without B. Nobody waits for m in its own layer: 
 read in later iterations, and what is fetched comes a layer ahead. Knows no torch, no queues: plain
 numbers only, except the logits that the simulated model returns. Tested in test_neo.py.
 """
+import contextlib
 import json
+import os
+import warnings
 from bisect import bisect_left
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
@@ -184,18 +187,39 @@ class Profile(PerfModel):
         return a + b * n_bytes
 
 
+KINDS = ("linear", "lm_head", "prefill", "gpu_decode", "cpu_decode", "transfer")   # of points
+
+
 def load_profile(path, key):
-    """Points saved under exactly this key (a dict), or None."""
-    if not path.is_file():
+    """Points saved under exactly this key (a dict), or None. A file that cannot be read, or is not
+    what `save_profile` wrote, is warned about: measure again."""
+    try:
+        saved = json.loads(path.read_text())
+        points = saved["points"] if saved["key"] == key else None
+        if points is not None and not all(isinstance(p, list) for k in KINDS for p in points[k]):
+            raise ValueError("points are missing")
+        return points
+    except FileNotFoundError:
         return None
-    saved = json.loads(path.read_text())
-    return saved["points"] if saved["key"] == key else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        warnings.warn(f"the profile {path} cannot be used ({type(error).__name__}: {error}): it is "
+                      "measured again", stacklevel=2)
+        return None
 
 
 def save_profile(path, key, points):
-    """Write points, and the key that tells when they hold."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"key": key, "points": points}))
+    """Write points, and the key that tells when they hold: all of it or nothing. Without a place to
+    write it warns."""
+    temporary = path.with_suffix(f".{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps({"key": key, "points": points}))
+        temporary.replace(path)
+    except OSError as error:
+        warnings.warn(f"the profile cannot be saved as {path} ({error}): the next start measures "
+                      "again", stacklevel=2)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def _curve(points):
@@ -395,6 +419,9 @@ class SimulatedModel:
                    for rows, (past, _) in zip(b.prefill_lens, b.prefill_past, strict=True)]
         return Work(len(b.tokens), prompts, b.num_stored, sum(past for past, _ in b.stored_past),
                     int(b.gpu_lens.sum()), b.num_cpu, int(b.cpu_lens.sum()))
+
+    def settle(self, kv):
+        """Nothing runs on."""
 
     def run(self, sub_batches, kv):
         """One iteration: first the swaps that precede it, one block after the other, then the

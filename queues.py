@@ -9,6 +9,7 @@ The GPU is a CUDA stream, or with no GPU a worker thread that plays it. One inte
     wait(handle)                       until this is done
     drain()                            until a worker thread has done everything; raises its first
                                        error. On CUDA what uses a result waits for it by itself
+    settle()                           after an error: wait, and forget it
     spans()                            perfmodel.Spans of the run; waits for the GPU
     capture(calls)                     calls without arguments -> calls that cost less to launch
 
@@ -71,11 +72,15 @@ class ThreadQueue:
         job.result()
 
     def drain(self):
-        pending, self.pending = self.pending, []
-        errors = [e for e in (job.exception() for job in pending) if e]
-        self.failed = False
+        errors = [e for e in (job.exception() for job in self.pending) if e]
+        self.pending, self.failed = [], False
         if errors:
             raise errors[0]
+
+    def settle(self):
+        """After an error: wait until nothing runs, and forget what went wrong."""
+        self.pool.submit(int).result()          # the worker works in order
+        self.pending, self.failed = [], False
 
     def spans(self):
         return self.recorded
@@ -130,6 +135,10 @@ class CudaQueue:
 
     def drain(self):
         """Nothing to wait for: what uses a result comes after it on the stream."""
+
+    def settle(self):
+        with contextlib.suppress(RuntimeError):     # it has been raised before
+            torch.cuda.synchronize()
 
     def spans(self):
         # The main stream waits for every copy, so synchronising it is enough.

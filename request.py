@@ -5,6 +5,8 @@ Knows no torch, no tiers' memory and no policy.
 import random
 from dataclasses import dataclass, field
 
+MAX_TOP_LOGPROBS = 20
+GREEDY_BELOW = 1e-4     # temperature
 
 @dataclass(eq=False, repr=False)
 class Request:
@@ -60,18 +62,41 @@ class SamplingParams:
     ignore_eos: bool = False       # always produce max_tokens
     stop: list = None              # strings that end the text (one or a list); not part of it
     logprobs: bool = False         # also the log-probability of every token
+    top_logprobs: int = 0          # and those of this number of the likeliest tokens
+    presence_penalty: float = 0.0  # taken from the logit of every token in the output
+    frequency_penalty: float = 0.0     # taken from it for each time that it is there
+    repetition_penalty: float = 1.0    # divides positive logits of tokens in prompt and output
+    logit_bias: dict = None        # {token id: added to its logit}
+    min_tokens: int = 0            # nothing ends the output before
+    stop_token_ids: list = None    # token ids that end it, beside the model's own
 
     def __post_init__(self):
         self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
-        temperature_ok = self.temperature == 0 or 1e-4 <= self.temperature <= 1e4
+        self.logit_bias, self.stop_token_ids = self.logit_bias or {}, self.stop_token_ids or []
+        biases_ok = all(-100 <= bias <= 100 for bias in self.logit_bias.values())
         for name, ok, limits in (
                 ("max_tokens", self.max_tokens >= 1, "1 or more"),
-                ("temperature", temperature_ok, "0, or from 0.0001 to 10000"),
+                ("temperature", 0 <= self.temperature <= 1e4, "from 0 to 10000"),
                 ("top_p", 1e-6 <= self.top_p <= 1, "from 0.000001 to 1"),
                 ("top_k", 0 <= self.top_k < 2 ** 31, "0 or more, below 2^31"),
-                ("stop", all(self.stop), "strings that are not empty")):
+                ("stop", all(self.stop), "strings that are not empty"),
+                ("top_logprobs", 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS,
+                 f"from 0 to {MAX_TOP_LOGPROBS}"),
+                ("presence_penalty", -2 <= self.presence_penalty <= 2, "from -2 to 2"),
+                ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "from -2 to 2"),
+                ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"),
+                ("logit_bias", biases_ok, "numbers from -100 to 100"),
+                ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "from 0 to max_tokens")):
             if not ok:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: must be {limits}")
+        if self.temperature < GREEDY_BELOW:
+            self.temperature = 0.0      # dividing logits by it would overflow
+
+    @property
+    def changes_logits(self):
+        """Are logits changed before a token is chosen?"""
+        return bool(self.presence_penalty or self.frequency_penalty or self.min_tokens
+                    or self.repetition_penalty != 1 or self.logit_bias)
 
 
 @dataclass
@@ -81,6 +106,7 @@ class RequestOutput:
     params: SamplingParams
     text: str = ""                 # grows by whole characters; empty without a tokenizer
     logprobs: list = field(default_factory=list)            # natural; empty unless asked for
+    top_logprobs: list = field(default_factory=list)        # of each token: [(id, logprob)]
     rng: random.Random = field(default=None, repr=False)    # its own, if it samples
     decoder: object = field(default=None, repr=False)       # tokens -> text, with a tokenizer
 

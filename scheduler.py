@@ -133,13 +133,34 @@ class Scheduler:
             mean = n if self.mean_output is None else self.mean_output
             self.mean_output = mean + 0.05 * (n - mean)
 
-    def clear(self):
-        """Forget every request: a strategy has broken the books."""
-        self.stats["recomputed_tokens"] = 0     # or check_plan would go on to refuse every plan
-        self.waiting.clear()
-        for requests in self.running.values():
-            requests.clear()
-        self.num_free = dict(self.num_blocks)
+    def snapshot(self):
+        """Where every request is, for `restore`."""
+        running = {tier: dict(requests) for tier, requests in self.running.items()}
+        return list(self.waiting), running, [
+            (r, tier, r.num_cached, r.num_blocks)
+            for tier, requests in running.items() for r in requests.values()]
+
+    def restore(self, snapshot):
+        """After an error in plan(): every request is again where it was. Call `keep` next."""
+        waiting, self.running, fields = snapshot
+        self.waiting = deque(waiting)
+        for r in waiting:
+            r.tier, r.num_cached, r.num_blocks = None, 0, 0
+        for r, *values in fields:
+            r.tier, r.num_cached, r.num_blocks = values
+        # The rules that count over many plans start anew.
+        self.stats["recomputed_tokens"] = self.num_slow_plans = 0
+
+    def keep(self, requests):
+        """Keep these requests alone, and count the blocks anew: after an error, for which any of
+        the methods above may have been left half done."""
+        ids = {r.id for r in requests}
+        self.waiting = deque(r for r in self.waiting if r.id in ids)
+        for tier, running in self.running.items():
+            running = {r.id: r for r in running.values() if r.id in ids}
+            self.running[tier] = running
+            self.num_free[tier] = self.num_blocks[tier] - sum(
+                r.num_blocks for r in running.values())
 
     # ---- the verbs of a strategy
 

@@ -7,52 +7,26 @@ works. Test: pytest server
 """
 import asyncio
 import contextlib
-import hmac
+import gc
 import json
 import signal
 import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.concurrency import run_in_threadpool
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from neo import LLM
 from options import Parser, add_engine_flags, engine_options
 from server.chat_template import load_chat_template
-from server.engine_thread import EngineThread, Refused
-from server.protocol import Chat, Completion, Reply, error_json, error_response
-
-
-class Guard:
-    """ASGI middleware: asks for the API key, and refuses a body of more than max_body bytes."""
-
-    def __init__(self, app, api_key, max_body):
-        self.app, self.max_body = app, max_body
-        self.wanted = api_key and f"Bearer {api_key}".encode()
-
-    async def __call__(self, scope, receive, send):
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        sent = dict(scope["headers"]).get(b"authorization", b"")
-        if (self.wanted and scope["path"].startswith("/v1/")
-                and not hmac.compare_digest(sent, self.wanted)):
-            refuse = error_response(401, "missing or wrong API key", "invalid_api_key")
-            return await refuse(scope, receive, send)
-        num_bytes = 0
-
-        async def receive_bounded():
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > self.max_body:
-                raise HTTPException(
-                    413, f"the body is larger than {self.max_body} bytes (--max-body)")
-            return message
-        await self.app(scope, receive_bounded, send)
+from server.engine_thread import MAX_FAILURES, EngineThread, Refused
+from server.guard import BoundedProtocol, Guard
+from server.openapi_doc import describe
+from server.protocol import Chat, Completion, Reply, error_json, error_response, parse_body
 
 
 class Routes:
@@ -62,56 +36,63 @@ class Routes:
     """
 
     def __init__(self, llm, engine, template=None):
-        self.llm, self.engine, self.template = llm, engine, template
+        self.llm, self.engine = llm, engine
+        self.template = template and partial(template, max_tokens=llm.max_request_len)
         self.model = {"id": llm.name, "object": "model", "created": 0, "owned_by": "neo",
                       "max_model_len": llm.max_request_len}
+        self.parsing = ThreadPoolExecutor(1, "parse")           # see parse_body
+        self.tokenizing = ThreadPoolExecutor(2, "tokenize")     # a long prompt takes a core
 
     def app(self, api_key=None, max_body=1 << 22):
         """The FastAPI application. api_key: None asks for none; max_body: bytes."""
-        app = FastAPI(title="NEO")
+        app = FastAPI(title="NEO", separate_input_output_schemas=False)
         app.add_middleware(Guard, api_key=api_key, max_body=max_body)
         app.add_exception_handler(
-            HTTPException, lambda request, error: error_response(error.status_code, error.detail))
-        app.add_exception_handler(RequestValidationError, invalid_body)
-        app.post("/v1/completions")(self.completions)
-        app.post("/v1/chat/completions")(self.chat)
-        app.get("/v1/models")(self.models)
-        app.get("/v1/models/{name:path}")(self.one_model)
-        app.get("/health")(self.health)
-        app.get("/metrics")(self.metrics)
+            HTTPException, lambda request, error: error_response(
+                error.status_code, error.detail, headers=error.headers))
+        for path, route in (("/v1/models", self.models), ("/v1/models/{name:path}", self.one_model),
+                            ("/health", self.health), ("/metrics", self.metrics)):
+            app.get(path, **describe(path))(route)
+            app.head(path, include_in_schema=False)(route)
+        for path, route in (("/v1/completions", self.completions),
+                            ("/v1/chat/completions", self.chat)):
+            app.post(path, **describe(path))(route)
         return app
 
     # Routes have no docstrings: FastAPI would publish them under /docs.
-    async def completions(self, body: Completion, http: Request):
-        return await self.answer(body, http)
+    async def completions(self, http: Request):
+        return await self.answer(Completion, http)
 
-    async def chat(self, body: Chat, http: Request):
+    async def chat(self, http: Request):
         if self.template is None:
             return error_response(
                 400, f"{self.llm.name} comes without a chat template: use /v1/completions")
-        if body.max_completion_tokens is not None:
-            body.max_tokens = body.max_completion_tokens
-        elif body.max_tokens is None:       # no limit but the engine's, as in OpenAI's chat
-            body.max_tokens = self.llm.max_request_len
-        return await self.answer(body, http)
+        return await self.answer(Chat, http)
 
-    async def answer(self, body, http):
+    async def answer(self, kind, http):
         """Both POST routes: check the body, give its prompts to the engine, stream or collect."""
-        def token_ids():            # runs in a thread, because it would block the event loop
-            return [self.llm.check_prompt(prompt, params)
-                    for prompt in body.prompts(self.template)]
-
+        loop, raw = asyncio.get_running_loop(), await http.body()
         try:
-            if body.model != self.llm.name:
-                raise ValueError(self.unknown(body.model))
-            params = body.params()
-            ids = await run_in_threadpool(token_ids)
-            stream = self.engine.submit(ids, params, bool(body.stream))
+            body = await loop.run_in_executor(self.parsing, parse_body, raw, kind)
+            if body.model not in (None, self.llm.name):
+                return error_response(404, self.unknown(body.model), "model_not_found")
+            if kind is Chat:
+                # without a limit it is the engine's, as in OpenAI's chat
+                limits = body.max_completion_tokens, body.max_tokens, self.llm.max_request_len
+                body.max_tokens = next(n for n in limits if n is not None)
+            samples = body.params()
+            prompts, ids = await loop.run_in_executor(
+                self.tokenizing, self.token_ids, body, samples[0])
+            stream = self.engine.submit([p for p in ids for _ in samples], samples * len(ids),
+                                        bool(body.stream))
         except Refused as refusal:
             return error_response(refusal.status, refusal, headers=refusal.headers)
         except ValueError as error:
             return error_response(400, error)
-        reply = Reply(body, self.llm.tokenizer)
+        echo = None
+        if kind is Completion and body.echo:
+            echo = [self.as_text(p) for p in prompts for _ in samples]
+        reply = Reply(body, self.llm.name, self.llm.tokenizer, echo)
         if body.stream:
             return StreamingResponse(self.events(stream, reply), media_type="text/event-stream")
         leaving = asyncio.create_task(self.drop_if_client_leaves(stream, http))
@@ -126,6 +107,17 @@ class Routes:
         if stream.error:
             return error_response(503, stream.error)
         return JSONResponse(reply.whole(stream.outs))
+
+    def token_ids(self, body, params):
+        """The prompts of a body, and the token ids of each. Runs in a thread, because it would
+        block the event loop."""
+        prompts = body.prompts(self.template)
+        return prompts, [self.llm.check_prompt(prompt, params) for prompt in prompts]
+
+    def as_text(self, prompt):
+        if isinstance(prompt, str):
+            return prompt
+        return self.llm.tokenizer.decode(prompt) if self.llm.tokenizer else ""
 
     async def drop_if_client_leaves(self, stream, http):
         while (await http.receive())["type"] != "http.disconnect":
@@ -148,37 +140,37 @@ class Routes:
             self.engine.drop(stream)
 
     def models(self):
-        return {"object": "list", "data": [self.model]}
+        return JSONResponse({"object": "list", "data": [self.model]})
 
-    def one_model(self, name: str):
-        return self.model if name == self.llm.name else error_response(404, self.unknown(name))
+    def one_model(self, http: Request):
+        name = http.path_params["name"]
+        if name != self.llm.name:
+            return error_response(404, self.unknown(name), "model_not_found")
+        return JSONResponse(self.model)
 
     def unknown(self, name):
-        return f"unknown model {name!r}: this server has {self.llm.name!r}"
+        return f"unknown model {name!r:.200}: this server has {self.llm.name!r}"
 
     def health(self):
-        error = self.engine.health_error()
-        return error_response(503, error) if error else {"status": "ok"}
+        failed = self.engine.health_error()
+        return JSONResponse({"status": "failed" if failed else "ok"}, 503 if failed else 200)
 
     def metrics(self):
         text = self.engine.metrics.text()
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
 
-def invalid_body(request, error):
-    """Answers with the first fault that pydantic found."""
-    first = error.errors()[0]
-    field = ".".join(map(str, first["loc"][1:])) or "body"
-    return error_response(400, f"{field}: {first['msg']}")
-
-
 class Server(uvicorn.Server):
     """uvicorn, but on SIGTERM or Ctrl-C it takes no more requests, gives those in flight `grace`
-    seconds and exits with 0. A second signal ends them at once."""
+    seconds and exits with 0. A second signal ends them at once. It leaves, too, when the engine
+    is dead."""
 
     def __init__(self, config, engine, grace):
         super().__init__(config)
         self.engine, self.grace = engine, grace
+
+    async def on_tick(self, counter):
+        return await super().on_tick(counter) or self.engine.dead
 
     @contextlib.contextmanager
     def capture_signals(self):
@@ -253,11 +245,15 @@ def main(argv=None):
     engine = EngineThread(llm, args.max_queue, args.buffer)
     app = Routes(llm, engine, template).app(args.api_key, args.max_body)
     # 10 s more than `grace`, because aborted requests end only with the present iteration.
-    config = uvicorn.Config(app, log_level="warning",
+    config = uvicorn.Config(app, log_level="warning", http=BoundedProtocol,
                             timeout_graceful_shutdown=int(args.grace) + 10)
     print(f"serving    http://{args.host}:{listener.getsockname()[1]}/v1", file=sys.stderr,
           flush=True)
+    gc.collect()
+    gc.freeze()         # the garbage collector need not search what stays, which takes 0.1 s
     Server(config, engine, args.grace).run([listener])
+    if engine.dead:     # the exit code tells a supervisor to start anew
+        sys.exit(f"error: {engine.failure}, {MAX_FAILURES} times in a row; see above")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     engine.close(abort=True)

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from bench import run_workload, write_json
 from checkpoint import load_config
 from neo import LLM
-from options import Parser
+from options import Parser, output_file
 from perfmodel import find_testbed
 from report import Panel, plot
 from startup import BLOCK_SIZE, GIB
@@ -354,8 +354,8 @@ def main(argv=None):
         help="of the roofline's ridge (perfmodel.Testbed)")
     add("--seed", type=int, default=0)
     add("--save-result", action="store_true")
-    add("--result-filename", metavar="F.json")
-    add("--plot", metavar="F.png")
+    add("--result-filename", type=output_file, metavar="F.json")
+    add("--plot", type=output_file, metavar="F.png")
     add("--output-dir", metavar="FOLDER", help="of `all`: figure-NAME.json and .png go there")
     args = parser.parse_args(argv)
     if (args.figure == "all") != bool(args.output_dir):

@@ -23,7 +23,7 @@ from bench import errors_in_one_line, write_json
 from checkpoint import load_config
 from kernels.cpu_bandwidth import host_read_bandwidth
 from neo import LLM, SamplingParams
-from options import Parser, add_engine_flags, engine_options
+from options import Parser, add_engine_flags, engine_options, output_file
 from startup import machine, resolve_device
 
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
@@ -245,7 +245,7 @@ def main(argv=None):
         help="iterations that are timed, for each number of requests")
     add("--peer", type=int, default=0, metavar="N",
         help="compare with transformers on N requests")
-    add("--result-filename", metavar="F.json")
+    add("--result-filename", type=output_file, metavar="F.json")
     add_engine_flags(parser, leave_out=("strategy", "simulate"))
     args = parser.parse_args(argv)
     with errors_in_one_line():

@@ -9,10 +9,12 @@ from checkpoint import read_json
 
 
 def load_chat_template(model, tokenizer):
-    """A function, [{"role": str, "content": str}] -> token ids; None without a template.
+    """A function, ([{"role": str, "content": str}], max_tokens) -> token ids; None without a
+    template.
 
     Raises ValueError without the package jinja2, and on a template that jinja2 cannot read. The
-    function raises ValueError on messages that the template refuses.
+    function raises ValueError on messages that the template refuses, and on a prompt that has so
+    many characters that it must exceed max_tokens.
     """
     config, source = read_template(Path(model))
     if source is None or tokenizer is None:
@@ -38,12 +40,14 @@ def load_chat_template(model, tokenizer):
                          f"({error})") from None
     bos, eos = (token_text(config.get(key)) for key in ("bos_token", "eos_token"))
 
-    def render(messages):
+    def render(messages, max_tokens):
         try:
             prompt = template.render(messages=messages, add_generation_prompt=True,
                                      bos_token=bos, eos_token=eos)
-        except (TemplateError, TypeError) as error:
-            raise ValueError(f"messages: the chat template refuses them ({error})") from None
+        except Exception as error:      # whatever its expressions raise: it is the message's fault
+            raise ValueError(f"messages: the chat template refuses them ({error!s:.200})"
+                             ) from None
+        tokenizer.check_chars(prompt, max_tokens)
         has_bos = bool(bos) and prompt.startswith(bos)
         if has_bos and tokenizer.sp:    # sentencepiece knows bos as an id, not as text
             return tokenizer.encode(prompt[len(bos):])

@@ -5,8 +5,9 @@
     engine's thread              enter -> llm.step() -> deliver -----------------------> abort
 
 Only the engine's thread changes the LLM. It never waits for a reader: a stream that falls too far
-behind is aborted. It sleeps while nothing is in flight. Refuses to know JSON, routes and how a
-step works. Test: pytest server
+behind is aborted. It sleeps while nothing is in flight. An error anywhere in it ends the streams
+that it may have left half served, and no others. Refuses to know JSON, routes and how a step works.
+Test: pytest server
 """
 import asyncio
 import math
@@ -17,11 +18,12 @@ import traceback
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from scheduler import StrategyError
 from server.metrics import Metrics
 
 LEAVING = "the server is shutting down"
-MAX_FAILURES = 3            # steps that fail in a row: then the engine ends
-UNHEALTHY_SECONDS = 10.0    # that /health reports a failed step, unless a later one succeeds
+MAX_FAILURES = 3            # iterations that fail in a row: then the engine ends
+UNHEALTHY_SECONDS = 10.0    # that /health reports a failure, unless a later one succeeds
 
 
 class Refused(Exception):
@@ -38,6 +40,7 @@ class Delta(NamedTuple):
     text: str
     token_ids: list
     logprobs: list              # of token_ids; empty unless the client asks for them
+    top_logprobs: list          # see RequestOutput
     finish_reason: str          # None before the end
 
 
@@ -73,7 +76,7 @@ class Progress:
         """RequestOutput -> the Delta that is new in it."""
         text, start = out.settled_text(), self.num_tokens
         delta = Delta(self.index, text[self.num_chars:], out.token_ids[start:],
-                      out.logprobs[start:], out.finish_reason)
+                      out.logprobs[start:], out.top_logprobs[start:], out.finish_reason)
         self.num_chars, self.num_tokens = len(text), len(out.token_ids)
         return delta
 
@@ -90,16 +93,18 @@ class EngineThread(threading.Thread):
         self.llm, self.max_queue, self.buffer = llm, max_queue, buffer
         self.metrics = Metrics(llm)
         self.in_flight = {}             # request id -> Progress
+        self.open = set()               # Streams that have not ended
+        self.delivering = set()         # those of them that get Deltas right now
         self.loop = None                # the event loop; set by submit()
         self.changed = threading.Condition()    # guards the next four
         self.inbox = []                 # (Stream, prompts, params) that the LLM has not got yet
         self.dropped = []               # Streams that nobody reads
         self.closing = False            # take no more requests
         self.aborting = False           # and end those in flight
-        self.num_failures = 0           # steps that failed in a row
-        self.failure = None             # why the last step failed
+        self.num_failures = 0           # iterations that failed in a row
+        self.failure = None             # why the last one failed, in words for clients
         self.failed_at = 0.0            # time.perf_counter
-        self.dead = False               # an error ended the thread
+        self.dead = False               # too many failures in a row ended the thread
         self.start()
 
     # ---- called by other threads
@@ -108,6 +113,7 @@ class EngineThread(threading.Thread):
         """Queue the prompts of one call. Returns their Stream.
 
         prompts   lists of token ids that LLM.check_prompt has accepted
+        params    SamplingParams of each
         streamed  False: nobody reads before the end, so any number of Deltas may wait
 
         Raises Refused if the queue is full or no more requests are taken, ValueError if the call
@@ -152,19 +158,47 @@ class EngineThread(threading.Thread):
     # ---- the thread itself
 
     def run(self):
+        while not self.dead:
+            try:
+                if not self._enter_and_abort():
+                    return
+                self._deliver(self.llm.step())
+                if self.num_failures:
+                    self.num_failures, self.failure = 0, None
+            except BaseException as error:      # of any kind: no reader may be left waiting
+                self._recover(error)
+
+    def _recover(self, error):
+        """End the Streams that an error has touched; after too many errors in a row, all."""
+        traceback.print_exception(error, file=sys.stderr)
+        self.num_failures += 1
+        self.failure, self.failed_at = failure_text(error), time.perf_counter()
+        dying = self.num_failures >= MAX_FAILURES
         try:
-            while self._enter_and_abort():
-                self._step()
-        except BaseException as error:      # of any kind: no reader may be left waiting
-            with self.changed:
-                self.dead = True
-                self.failure = self.failure or failure_text(error)
-                streams = {p.stream for p in self.in_flight.values()}
-                streams |= {stream for stream, _, _ in self.inbox}
-                self.inbox.clear()
-            for stream in streams:
-                stream.num_open, stream.error = 0, self.failure
-            self._send([(stream, None) for stream in streams])
+            for stream in [s for s in self.open if not dying and self._is_broken(s)]:
+                self._end(stream, self.failure)
+        except BaseException:
+            traceback.print_exc(file=sys.stderr)
+            dying = True
+        self.delivering.clear()
+        if dying:
+            self._die()
+
+    def _is_broken(self, stream):
+        """Has a Stream lost a prompt or a Delta?"""
+        return stream in self.delivering or any(
+            out is None or (out.request_id in self.in_flight
+                            and out.request_id not in self.llm.outputs) for out in stream.outs)
+
+    def _die(self):
+        """Tell every reader, and take no more requests. The LLM is not asked: it may be broken."""
+        with self.changed:
+            self.dead = True
+            streams = self.open | {stream for stream, _, _ in self.inbox}
+            self.inbox.clear()
+        for stream in streams:
+            stream.num_open, stream.error = 0, stream.error or self.failure
+        self._send([(stream, None) for stream in streams])
 
     def _enter_and_abort(self):
         """Sleep until there is work. Add new requests to the LLM, abort dropped Streams.
@@ -174,47 +208,53 @@ class EngineThread(threading.Thread):
         with self.changed:
             self.changed.wait_for(
                 lambda: self.inbox or self.dropped or self.llm.outputs or self.closing)
-            for stream, prompts, params in self.inbox:
-                for i, ids in enumerate(prompts):
-                    request_id = self.llm.add_request(ids, params)
-                    stream.outs[i] = self.llm.outputs[request_id]
-                    self.in_flight[request_id] = Progress(stream, i)
+            calls = [call for call in self.inbox if not call[0].error]
+            self.open |= {stream for stream, _, _ in calls}
             self.inbox.clear()
-            dropped, self.dropped = self.dropped, []
+            for call in calls:
+                self._enter(*call)
+            dropped = [stream for stream in self.dropped if stream in self.open]
             if self.aborting:
-                dropped += {p.stream for p in self.in_flight.values()}
-            ended = self.closing and not self.llm.outputs
+                dropped += self.open
         for stream in dropped:
             self._abort(stream, LEAVING if self.aborting else None)
-        return not ended
+        with self.changed:
+            self.dropped = [stream for stream in self.dropped if stream in self.open]
+            return bool(self.open or self.inbox or not self.closing)
 
-    def _step(self):
-        """One iteration. A step that fails aborts its own requests; the others go on."""
+    def _enter(self, stream, prompts, params):
+        """Add one call to the LLM. An error ends this call alone."""
         try:
-            outs = self.llm.step()
-        except Exception as error:
+            for i, (ids, p) in enumerate(zip(prompts, params, strict=True)):
+                request_id = self.llm.add_request(ids, p)
+                stream.outs[i] = self.llm.outputs[request_id]
+                self.in_flight[request_id] = Progress(stream, i)
+        except BaseException as error:
             traceback.print_exc(file=sys.stderr)
-            self.num_failures += 1
-            self.failure, self.failed_at = failure_text(error), time.perf_counter()
-            if self.num_failures == MAX_FAILURES:
-                raise
-            for stream in {p.stream for request_id, p in self.in_flight.items()
-                           if request_id not in self.llm.outputs}:
-                self._abort(stream, self.failure)
-        else:
-            self.num_failures, self.failure = 0, None
-            self._deliver(outs)
+            self._end(stream, failure_text(error))
 
     def _abort(self, stream, error=None):
-        """End a Stream and its requests; the LLM may have aborted some of them already."""
+        """Abort what a Stream still waits for, and tell its reader."""
         stream.error = stream.error or error
         for out in stream.outs:
             self.llm.abort(out.request_id)
         self._deliver([out for out in stream.outs if out.request_id in self.in_flight])
 
+    def _end(self, stream, error):
+        """End a Stream in whatever state it is. No Delta of it can be trusted any more."""
+        stream.error = stream.error or error
+        for out in stream.outs:
+            if out:
+                self.llm.abort(out.request_id)
+                self.in_flight.pop(out.request_id, None)
+        stream.num_open = 0
+        self._send([(stream, None)])
+        self.open.discard(stream)
+
     def _deliver(self, outs):
         """Send what is new in some RequestOutputs to their readers."""
         now, events, too_slow = time.perf_counter(), [], set()
+        self.delivering = {self.in_flight[out.request_id].stream for out in outs}
         for out in outs:
             progress = self.in_flight[out.request_id]
             stream = progress.stream
@@ -231,6 +271,8 @@ class EngineThread(threading.Thread):
             elif stream.events.qsize() > stream.max_behind:
                 too_slow.add(stream)
         self._send(events)
+        self.open -= {stream for stream, event in events if event is None}
+        self.delivering = set()
         for stream in too_slow:
             self._abort(stream, f"aborted: the client fell more than {self.buffer} tokens behind")
 
@@ -241,9 +283,12 @@ class EngineThread(threading.Thread):
                 stream.events.put_nowait(event)
         try:
             self.loop.call_soon_threadsafe(put)
-        except RuntimeError:                # the loop has ended: nobody reads
-            pass
+        except RuntimeError:
+            if not self.loop.is_closed():   # if it is, nobody reads
+                raise
 
 
 def failure_text(error):
-    return f"the engine failed: {type(error).__name__}: {error}"
+    """An error in words for clients: its message may quote another user's request."""
+    reasons = {MemoryError: ": out of memory", StrategyError: ": the strategy broke a rule"}
+    return f"the engine failed: {type(error).__name__}{reasons.get(type(error), '')}"

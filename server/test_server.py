@@ -27,6 +27,7 @@ from request import Request, RequestOutput
 
 httpx, openai, uvicorn = (pytest.importorskip(name) for name in ("httpx", "openai", "uvicorn"))
 import serve  # noqa: E402
+from server import guard  # noqa: E402
 from server.chat_template import load_chat_template  # noqa: E402
 from server.engine_thread import EngineThread  # noqa: E402
 
@@ -42,12 +43,12 @@ class Running:
     """A server on a free port, in threads of this process."""
 
     def __init__(self, llm, max_queue=256, buffer=1024, grace=5.0, template=None, api_key=None,
-                 **app):
+                 http="auto", **app):
         self.llm, self.api_key = llm, api_key
         self.engine = EngineThread(llm, max_queue, buffer)
         routes = serve.Routes(llm, self.engine, template)
         config = uvicorn.Config(
-            routes.app(api_key, **app), host="127.0.0.1", port=0, log_level="warning",
+            routes.app(api_key, **app), host="127.0.0.1", port=0, log_level="warning", http=http,
             timeout_graceful_shutdown=int(grace) + 2)
         self.server = serve.Server(config, self.engine, grace)
         self.server.capture_signals = contextlib.nullcontext    # only the main thread gets them
@@ -359,16 +360,82 @@ def test_a_step_that_fails_costs_its_requests_alone():
         run_threads(4, lambda: answers.append(server.post(body)))       # two fit at a time
         codes = sorted(r.status_code for r in answers)
         assert codes[0] == 200 and codes[-1] == 503 and codes.count(503) <= 2
-        assert all("one bad step" in r.text for r in answers if r.status_code == 503)
+        # the error's kind, but not its message, which may quote another user's prompt
+        assert all("RuntimeError" in r.text and "one bad step" not in r.text
+                   for r in answers if r.status_code == 503)
         assert server.get("/health").status_code == 200 and nothing_held(llm)
 
 
+def test_what_may_be_read_without_the_key():
+    """/health alone, which says nothing but its state; the scheme has no case; HEAD works."""
+    with running(LLM("tiny", "gpu-only", **SMALL), api_key="s3cret") as server:
+        for path in ("/metrics", "/docs", "/redoc", "/openapi.json", "/v1/models"):
+            assert server.get(path).status_code == 401
+            for scheme in ("Bearer", "bearer", "BEARER"):
+                headers = {"Authorization": f"{scheme} s3cret"}
+                assert CLIENT.get(server.url + path, headers=headers).status_code == 200
+                assert CLIENT.head(server.url + path, headers=headers).status_code in (200, 405)
+        assert CLIENT.head(server.url + "/health").status_code == 200
+        server.engine.failure, server.engine.failed_at = "prompt [1, 2]", time.perf_counter()
+        r = server.get("/health")
+        assert r.status_code == 503 and r.json() == {"status": "failed"}
+
+
+def test_connections_and_the_time_of_a_header_and_a_body_are_limited(monkeypatch):
+    monkeypatch.setattr(guard, "HEADER_SECONDS", 0.5)
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.5)
+    monkeypatch.setattr(guard, "MAX_CONNECTIONS", 20)
+    with running(LLM("tiny", "gpu-only", **SMALL), http=guard.BoundedProtocol) as server:
+        def connect(sent):
+            connection = socket.create_connection(("127.0.0.1", server.port))
+            connection.settimeout(20)
+            with contextlib.suppress(OSError):          # one too many may be closed already
+                connection.sendall(sent)
+            return connection
+        halves = [connect(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n") for _ in range(40)]
+        for connection in halves:
+            with contextlib.suppress(ConnectionResetError):
+                assert connection.recv(100) == b""
+        slow = connect(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+        assert b" 408 " in slow.recv(1000)
+        assert server.get("/health").status_code == 200
+        body = {"prompt": [1], "max_tokens": 200, "ignore_eos": True}
+        assert server.post(body).status_code == 200
+
+
+def test_a_dead_engine_ends_the_process_with_an_error():
+    """So that a supervisor starts it anew."""
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    code = ("import model, serve\n"
+            "LLM = serve.LLM\n"
+            "def broken(*args, **kwargs):\n"
+            "    llm = LLM(*args, **kwargs)\n"
+            "    llm.model.run = lambda *a: 1 / 0\n"
+            "    return llm\n"
+            "serve.LLM = broken\n"
+            f"serve.main(['--model', 'tiny', '--device', 'cpu', '--port', '{port}'])\n")
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True,
+                               cwd=ROOT)
+    while "serving" not in (line := process.stderr.readline()):
+        assert line, "the server never came up"
+    answers = []
+    for _ in range(3):
+        with contextlib.suppress(httpx.TransportError):     # it may be gone already
+            answers.append(CLIENT.post(f"http://127.0.0.1:{port}/v1/completions",
+                                       json={"prompt": [1, 2]}))
+    assert answers and all(r.status_code == 503 and "ZeroDivisionError" in r.text for r in answers)
+    assert process.wait(30) == 1
+    assert "error: the engine failed: ZeroDivisionError" in process.communicate()[1]
+
+
 def test_sampling_at_the_edges_hurts_nobody(text_server):
-    for extreme in ({"temperature": 1e-50}, {"top_p": 1e-50}, {"top_k": 10 ** 400},
-                    {"temperature": 10 ** 400}, {"temperature": 1e9}):
+    for extreme in ({"top_p": 1e-50}, {"top_k": 10 ** 400}, {"temperature": 10 ** 400},
+                    {"temperature": 1e9}, {"temperature": -1e-9}):
         r = text_server.post({"prompt": "x", "max_tokens": 3} | extreme)
         assert r.status_code == 400, r.text
-    for edge in ({"temperature": 1e-4}, {"temperature": 1e4}, {"top_p": 1e-6, "temperature": 1},
+    for edge in ({"temperature": 1e-50}, {"temperature": 1e-4}, {"temperature": 1e4},
+                 {"top_p": 1e-6, "temperature": 1},
                  {"top_k": 2 ** 31 - 1, "temperature": 1}):
         r = text_server.post({"prompt": "x", "max_tokens": 3} | edge)
         assert r.status_code == 200, r.text
@@ -390,6 +457,20 @@ def test_a_large_bad_body_does_not_stop_the_loop():
                 ("/v1/completions", b'"prompt": [1], "stop": [', b'"y",', b' "x"]', 200_000)):
             r = server.post(b'{"model": "tiny", ' + start + item * count + end + b"}", path)
             assert r.status_code == 400 and len(r.text) < 1000
+        fields = b"".join(b'"f%d": 1, ' % i for i in range(300_000))
+        r = server.post(b"{" + fields + b'"prompt": [1]}')
+        assert r.status_code == 400 and "300001 entries" in r.text
+
+
+def test_a_prompt_is_refused_by_its_characters_before_it_is_tokenized(text_server, monkeypatch):
+    monkeypatch.setattr(type(text_server.llm.tokenizer), "encode", lambda *a: pytest.fail("called"))
+    longest = text_server.llm.tokenizer.longest
+    text = "x" * (400 * longest + 1)
+    message = [{"role": "user", "content": text}]
+    for body, path in (({"prompt": text}, "/v1/completions"),
+                       ({"messages": message}, "/v1/chat/completions")):
+        r = text_server.post(body, path)
+        assert r.status_code == 400 and "characters" in r.json()["error"]["message"]
 
 
 # ------------------------------------------------------------------------- the command line
@@ -486,27 +567,128 @@ def test_sigterm_in_mid_stream(leaving_servers, grace, ended):
     ({"prompt": "text"}, "without a tokenizer"),
     ({"prompt": []}, "empty"),
     ({}, "prompt"),
-    ({"prompt": [1], "model": "gpt"}, "unknown model"),
     ({"prompt": [1], "max_tokens": -1}, "max_tokens = -1"),
     ({"prompt": [1, 512]}, "0..511"),
     ({"prompt": [1, "x"]}, "must be a string"),
     ({"prompt": [1, True]}, "must be a string"),
-    ({"prompt": [1], "logprobs": 5}, "logprobs"),
-    ({"prompt": [1], "stream_options": {"x": 1}}, "stream_options"),
+    ({"prompt": [1], "logprobs": 21}, "logprobs"),
+    ({"prompt": [1], "stream_options": {"include_usage": 1}}, "stream_options"),
     ({"prompt": [1], "temperature": -1}, "temperature"),
-    ({"prompt": [1], "n": 2}, "n = 2"),
+    ({"prompt": [1], "n": 17}, "n:.*16"),
+    ({"prompt": [1], "n": 0}, "n:"),
     ({"prompt": [1], "max_tokens": "7"}, "max_tokens"),
-    ({"prompt": [1], "frobnicate": 1}, "frobnicate"),
+    ({"prompt": [1], "response_format": {"type": "json_object"}}, "response_format"),
+    ({"prompt": [1], "tools": [{"type": "function"}]}, "tools"),
+    ({"prompt": [1], "guided_json": {}}, "guided_json"),
+    ({"prompt": [1], "min_p": 0.1}, "min_p"),
+    ({"prompt": [1], "best_of": 2}, "best_of"),
+    ({"prompt": [1], "presence_penalty": 3}, "presence_penalty"),
+    ({"prompt": [1], "logit_bias": {"x": 1}}, "logit_bias"),
+    ({"prompt": [1], "logit_bias": {"512": 1}}, "logit_bias.*512"),
+    ({"prompt": [1], "logit_bias": {"5": 101}}, "logit_bias"),
+    ({"prompt": [1], "stop_token_ids": [512]}, "stop_token_ids.*512"),
+    ({"prompt": [1], "min_tokens": 9, "max_tokens": 8}, "min_tokens"),
     ({"prompt": [1], "stream": 1}, "stream"),
     ({"prompt": [1], "top_p": 0}, "top_p"),
     ({"prompt": [[]]}, "empty"),
-    ({"prompt": [1], "echo": True}, "echo"),
+    ({"prompt": [1], "echo": True, "logprobs": 1}, "echo"),
     ({"prompt": [1], "stop": "x"}, "stop strings")])
 def test_bad_requests_get_400_in_openais_shape(server, body, message):
     r = server.post(body)
     error = r.json()["error"]
     assert r.status_code == 400 and error["type"] == "invalid_request_error"
     assert re.search(message, error["message"]), r.text
+
+
+# What clients send by default, or with values that change nothing.
+NEUTRAL = [{name: value} for name, value in dict(
+    response_format={"type": "text"}, tools=[], tool_choice="none", parallel_tool_calls=True,
+    store=False, service_tier="auto", reasoning_effort="low", verbosity="low", top_k=-1, min_p=0,
+    safety_identifier="x", prompt_cache_key="x", min_tokens=0, stop_token_ids=[], best_of=1,
+    skip_special_tokens=True, add_special_tokens=True, priority=0, truncate_prompt_tokens=None,
+    logit_bias={}, logprobs=None, suffix=None, echo=False, n=None, presence_penalty=None,
+    frequency_penalty=0, repetition_penalty=1.0, stream=None, metadata={"a": "b"}, user="u",
+    stream_options={"continuous_usage_stats": True}, temperature=None, frobnicate=1).items()]
+
+
+@pytest.mark.parametrize("field", NEUTRAL, ids=lambda field: next(iter(field)))
+def test_neutral_and_unknown_fields_are_accepted(server, field):
+    r = server.post({"prompt": [1], "max_tokens": 2, "ignore_eos": True} | field)
+    assert r.status_code == 200 and len(r.json()["choices"][0]["token_ids"]) == 2, r.text
+
+
+def test_an_unknown_field_is_warned_about_once(server, capfd):
+    for _ in range(3):
+        server.post({"prompt": [1], "max_tokens": 1, "never_heard_of": 1})
+    assert capfd.readouterr().err.count("never_heard_of") == 1
+
+
+def test_a_model_that_is_not_served_is_404_and_none_is_the_one(server):
+    r = server.post({"prompt": [1], "model": "gpt"})
+    assert r.status_code == 404 and "unknown model 'gpt'" in r.json()["error"]["message"]
+    assert server.post(b'{"prompt": [1], "max_tokens": 1}').status_code == 200
+
+
+def test_several_answers_to_one_prompt(server):
+    """n answers, prompt by prompt; with a seed they differ from each other but not from run to
+    run. The usage counts a prompt once."""
+    ask = {"prompt": [[1, 2, 3], [4]], "n": 3, "max_tokens": 8, "temperature": 1.0, "seed": 5,
+           "ignore_eos": True}
+    first, second = server.post(ask).json(), server.post(ask).json()
+    tokens = [c["token_ids"] for c in first["choices"]]
+    assert tokens == [c["token_ids"] for c in second["choices"]]
+    assert len(tokens) == 6 and len({tuple(t) for t in tokens}) > 3
+    assert first["usage"] == {"prompt_tokens": 4, "completion_tokens": 48, "total_tokens": 52}
+    alone = server.post(ask | {"prompt": [4], "n": 1, "seed": 7}).json()
+    assert alone["choices"][0]["token_ids"] == tokens[5]        # seeds 5, 6, 7
+
+
+def test_top_logprobs_and_echo(text_server):
+    ask = {"prompt": "the cache", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+    plain = text_server.post(ask).json()["choices"][0]
+    assert text_server.post(ask | {"echo": True}).json()["choices"][0]["text"] == \
+        "the cache" + plain["text"]
+    lines = text_server.post(ask | {"echo": True, "stream": True}).text.split("\n\n")[:-2]
+    assert json.loads(lines[0][6:])["choices"][0]["text"].startswith("the cache")
+    found = text_server.post(ask | {"logprobs": 20}).json()["choices"][0]["logprobs"]
+    for chosen, top in zip(found["token_logprobs"], found["top_logprobs"]):
+        assert len(top) > 10 and max(top.values()) == pytest.approx(chosen)    # greedy
+    reply = text_server.openai.chat.completions.create(
+        model=text_server.llm.name, messages=[{"role": "user", "content": "x"}], max_tokens=3,
+        logprobs=True, top_logprobs=2, temperature=0, extra_body={"ignore_eos": True})
+    for entry in reply.choices[0].logprobs.content:
+        assert len(entry.top_logprobs) == 2
+        assert entry.top_logprobs[0].token == entry.token
+
+
+def test_penalties_biases_and_ends(server):
+    ask = {"prompt": [1, 2, 3], "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+
+    def tokens(**more):
+        choice = server.post(ask | more).json()["choices"][0]
+        return choice["token_ids"]
+    plain = tokens()
+    assert tokens(logit_bias={"7": 100}) == [7] * 12
+    spread = tokens(logit_bias={"7": 100, "8": 99.5, "9": 99}, frequency_penalty=2)
+    assert set(spread) == {7, 8, 9}
+    assert set(tokens(logit_bias={"7": 100, "8": 99.5}, presence_penalty=2)) == {7, 8}
+    assert tokens(repetition_penalty=100.0) != plain or len(set(plain)) == 12
+    stop = plain[3]
+    assert tokens(stop_token_ids=[stop]) == plain[:plain.index(stop) + 1]
+    late = tokens(stop_token_ids=[stop], min_tokens=8)
+    assert len(late) >= 8 and stop not in late[:8]
+
+
+def test_messages_as_the_openai_package_dumps_them(text_server):
+    """A conversation that goes on with its own replies, and with a tool's."""
+    chat, messages = text_server.openai.chat.completions, [{"role": "user", "content": "hi"}]
+    ask = dict(model=text_server.llm.name, max_tokens=3, extra_body={"ignore_eos": True})
+    messages.append(chat.create(messages=messages, **ask).choices[0].message.model_dump())
+    assert "refusal" in messages[1]
+    messages += [{"role": "user", "content": [
+        {"type": "text", "text": "again", "cache_control": {"type": "ephemeral"}}]},
+        {"role": "assistant", "reasoning_content": "hm", "content": None}]
+    assert chat.create(messages=messages, **ask).choices[0].finish_reason == "length"
 
 
 @pytest.mark.parametrize("content, status", [
@@ -518,7 +700,7 @@ def test_bad_requests_get_400_in_openais_shape(server, body, message):
     (b"[" * 20000, 400),
     (b'{"model": "' + b"x" * 60_000 + b'"}', 413),
     (b'{"model": "tiny", "prompt": [1], "temperature": NaN}', 400),
-    (b'{"model": "\\ud800", "prompt": [1]}', 400),
+    (b'{"model": "\\ud800", "prompt": [1]}', 404),
     (b'{"model": "tiny", "prompt": [1], "seed": ' + b"9" * 5000 + b"}", 400),
     (b'{"model": "tiny", "prompt": ["\\ud800"]}', 400)])
 def test_bodies_that_are_no_request(server, content, status):

@@ -1,0 +1,42 @@
+"""What /openapi.json says about each route. FastAPI cannot see it: the routes read bodies by
+themselves.
+
+Refuses to know how a request is answered. Test: pytest server
+"""
+from fastapi.responses import Response
+
+from server.protocol import Chat, Completion
+
+
+def describe(path):
+    """What /openapi.json says about a route: parameters, body, statuses and content types."""
+    def content(kind):
+        return {"content": {kind: {}}}
+    error = {"description": "an error in OpenAI's shape", **content("application/json")}
+    kind = "text/plain" if path == "/metrics" else "application/json"
+    extra, statuses = {}, {"/health": (503,), "/metrics": (401,), "/v1/models": (401,)}
+    if "{name" in path:
+        extra = {"parameters": [{"name": "name", "in": "path", "required": True,
+                                 "schema": {"type": "string"}}]}
+    body = {"/v1/completions": Completion, "/v1/chat/completions": Chat}.get(path)
+    answer = {"description": "the answer", **content(kind)}
+    if body:
+        answer["content"]["text/event-stream"] = {}
+        schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
+        schema = inline(schema, schema.pop("$defs", {}))
+        extra = {"requestBody": {"required": True,
+                                 "content": {"application/json": {"schema": schema}}}}
+    failures = statuses.get(path, (400, 401, 404, 408, 413, 429, 503) if body else (401, 404))
+    return {"openapi_extra": extra, "response_class": Response,
+            "responses": {200: answer, **{status: error for status in failures}}}
+
+
+def inline(schema, definitions):
+    """A JSON schema with its $refs replaced by what they name."""
+    if isinstance(schema, list):
+        return [inline(item, definitions) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        schema = definitions[schema["$ref"].rsplit("/", 1)[1]]
+    return {key: inline(value, definitions) for key, value in schema.items()}
