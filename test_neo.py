@@ -33,7 +33,8 @@ import report
 import startup
 import strategies
 import workload
-from bounds import fluid_limit
+from aim import best_aim
+from bounds import fluid_limit, pipelining_bound
 from checkpoint import PRESETS, load_config, load_tokenizer
 from kvcache import KVCache
 from model import rope_table
@@ -2079,6 +2080,27 @@ def test_fluid_limit_by_hand():
     ops = 32 * (2 * perf.layer_params * 3001 + 2 * 3000**2 * 4096) + 2 * 2 * perf.vocab_params
     assert rate == pytest.approx(65e12 / ops) and binds == ["GPU compute"]
     assert fluid_limit(perf, [(100, 1)], 900, 0)[1] == ["GPU compute"]
+
+
+@pytest.mark.parametrize(
+    "bed, model, lengths, tokens",
+    [
+        ("t4", "llama-7b", (300, 32), (864, 37248)),
+        ("g5.8xlarge", "llama-8b", (1000, 200), (26400, 500000)),
+        ("g5.16xlarge", "llama-8b", (1000, 400), (26400, 1000000)),
+        ("g5.8xlarge", "llama-8b", (1000, 200), (26400, 0)),
+    ],
+)
+def test_the_aim_comes_near_the_pipelining_bound_and_stays_below(bed, model, lengths, tokens):
+    """The search of a strategy against a linear programme, which knows nothing of it."""
+    pytest.importorskip("scipy")
+    perf = Roofline(find_testbed(bed), PRESETS[model])
+    bound = pipelining_bound(perf, [lengths], *tokens)
+    aim = best_aim(perf, [lengths], dict(zip(("gpu", "cpu"), tokens)), 2048)
+    assert 0.93 * bound < 1e3 * aim.rate <= 1.005 * bound
+    assert (aim.cpu_decodes > 0) == (tokens[1] > 0)
+    limit, _ = fluid_limit(perf, [lengths], *tokens)
+    assert bound < limit
 
 
 def test_testbeds_hold_their_documented_numbers():

@@ -6,6 +6,7 @@
     python -m lab.figures 9         peaks on three GPUs
     python -m lab.figures 10a       four hosts of an A10G; --plot F.png draws it
     python -m lab.figures ttft      time to first token against time per token, by --ttft-queue
+    python -m lab.figures bound     the steady rate against the bound of pipelining
     python -m lab.figures grid      8 testbeds, 8 workloads, 4 KV budgets
     python -m lab.figures all --output-dir results      all of them, each with JSON and plot
 
@@ -28,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from bench import run_workload, write_json
+from bench import add_pipelining_bound, run_workload, write_json
 from checkpoint import load_config
 from neo import LLM
 from options import Parser, output_file
@@ -70,7 +71,8 @@ GRID_RESIDENT = 256
 TTFT_QUEUES = -1, 0, 1, 2, 4, 8
 SAVED = ("output_throughput", "request_throughput", "per_token_latency_ms", "mean_ttft_ms",
          "p99_ttft_ms", "mean_tpot_ms", "p99_tpot_ms", "kv_budget_gpu_tokens",
-         "kv_budget_cpu_tokens", "fluid_request_rate", "fluid_share")
+         "kv_budget_cpu_tokens", "fluid_request_rate", "fluid_share", "steady_output_throughput",
+         "pipelining_request_rate", "pipelining_share")
 
 
 def point(spec):
@@ -84,6 +86,7 @@ def point(spec):
     n, rate, strategy = (options.pop(key) for key in ("n", "rate", "strategy"))
     workload, path = options.pop("workload"), options.pop("dataset_path", None)
     share, softness = options.pop("kv_share", None), options.pop("softness", 0.0)
+    add_bound = options.pop("add_bound", False)
     bed = find_testbed(options["simulate"], softness=softness)
     rng = np.random.default_rng(options["seed"])
     name, mean_lens = workload, (None, None)
@@ -103,7 +106,10 @@ def point(spec):
     llm = LLM(options.pop("model"), strategy, max_model_len=longest, **options)
     arrivals, prompts = draw_arrivals(rate, n, rng), [[0] * i for i in prompts]
     work = Workload(prompts, output_lens, arrivals, source, clipped)
-    return run_workload(llm, strategy, work, quiet=True).result
+    result = run_workload(llm, strategy, work, quiet=True).result
+    if add_bound:
+        add_pipelining_bound(llm, work, {strategy: result})
+    return result
 
 
 def run(specs, label):
@@ -207,6 +213,26 @@ def figure_ttft(args):
         if w != "gpu-whole":
             curves.setdefault(load, {})[r["p99_ttft_ms"] / 1e3] = r["p99_tpot_ms"]
     return results, lines, [Panel("TPOT p99, ms", curves, "TTFT p99, s")]
+
+
+def figure_bound(args):
+    """neo between the 30th and the 70th percent of its requests, so without the ramps of a run,
+    over what one or two passes over the weights can reach (bounds.pipelining_bound)."""
+    cases = {"T4, OSC": T4 | dict(workload="osc", dataset_path=args.dataset_path)}
+    cases |= {f"{bed}, {n} out": A10G | dict(simulate=bed, workload=(1000, n))
+              for bed in ("g5.8xlarge", "g5.16xlarge") for n in (200, 400)}
+    cases["2xh100, 200 out"] = H100 | dict(workload=(1000, 200))
+    cases["4090, 200 out"] = dict(model="llama-8b", simulate="4090", workload=(1000, 200),
+                                  max_batch_tokens=20480)
+    spec = common(args, 2000) | dict(strategy="neo", rate=math.inf, add_bound=True)
+    results = run({(case,): options | spec for case, options in cases.items()}, "figure bound")
+    lines = [f"{'':24s}{'steady':>9s}{'bound':>9s}{'share':>8s}{'whole run':>11s}"]
+    for (case,), r in results.items():
+        tokens_out = r["output_throughput"] / r["request_throughput"]   # of a request
+        steady, bound = r["steady_output_throughput"] / tokens_out, r["pipelining_request_rate"]
+        lines.append(f"{case:24s}{steady:9.3f}{bound:9.3f}{steady / bound:8.3f}"
+                     f"{r['pipelining_share']:11.3f}")
+    return results, lines, []
 
 
 def ratios(args, name, beds, strategies=("gpu-only", "neo"), paper=None):
@@ -324,7 +350,7 @@ def figure_grid(args):
 
 FIGURES = {"6c": figure_6c, "6-a10g": figure_6_a10g, "6-2xh100": figure_6_2xh100,
            "8": figure_8, "9": figure_9, "10a": figure_10a, "ttft": figure_ttft,
-           "grid": figure_grid}
+           "bound": figure_bound, "grid": figure_grid}
 
 
 def make(name, args, json_path, plot_path):
@@ -337,7 +363,7 @@ def make(name, args, json_path, plot_path):
         points = {}
         for key, result in results.items():
             label = ", ".join(map(str, key))
-            points[label] = {metric: result[metric] for metric in SAVED}
+            points[label] = {metric: result[metric] for metric in SAVED if metric in result}
         write_json(json_path, {"config": config, "table": lines, "results": points})
     if plot_path and panels:
         title = f"Figure {name}" if name[0].isdigit() else name

@@ -3,6 +3,8 @@
     python -m lab.gpu_limits ceilings   memory copies, matrix products, host reads, PCIe
     python -m lab.gpu_limits floor --model llama-7b
                                         gpu-only decode against (weights + KV) / bandwidth
+    python -m lab.gpu_limits linear --model llama-8b
+                                        a layer's linear parts, 1 to 512 rows, against the roofline
 
 Without a GPU both measure the cores that play it, which says nothing about a GPU. gpu_table.sh has
 the commands behind the GPU table. Of the engine this knows LLM's methods, its memory budget and
@@ -22,6 +24,7 @@ from tqdm import tqdm
 from bench import errors_in_one_line, write_json
 from checkpoint import load_config
 from kernels.cpu_bandwidth import host_read_bandwidth
+from measure import Deadline, made_up_request, time_stages
 from neo import LLM, SamplingParams
 from options import Parser, add_engine_flags, engine_options, output_file
 from startup import machine, resolve_device
@@ -29,6 +32,7 @@ from startup import machine, resolve_device
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
 MATRIX_SIZE = {"cuda": 8192, "cpu": 1024}
 MIN_SECONDS = 0.3       # of one measurement
+ROWS = [1, 2, 4, 8, 16, 24, *range(32, 257, 16), *range(288, 513, 32)]      # of `linear`
 WARM_UP = 5             # iterations that are not timed: graphs get captured, caches get warm
 
 
@@ -227,6 +231,36 @@ def run_floor(args):
     return saved
 
 
+# ------------------------------------------------------------------------------------ linear
+
+def run_linear(args):
+    """The subcommand `linear`: prints, and returns what is saved.
+
+    roofline_ms = max(operations / measured peak, bytes of the weights / measured copy bandwidth).
+    How far above it the middle lies is the softness of the ridge (perfmodel.Testbed.softness).
+    """
+    options = engine_options(args) | {"max_model_len": max(ROWS), "max_batch_tokens": max(ROWS)}
+    limits = ceilings(resolve_device(args.device))
+    print(describe_limits(limits))
+    llm = LLM(args.model, "gpu-only", **options)
+    print(llm.describe())
+    w = llm.model.layers[0]
+    matrices = w.wqkv, w.wo, w.w_gate_up, w.w_down
+    params = sum(t.numel() for t in matrices)
+    memory_ms = sum(t.nbytes for t in matrices) / (limits["copy_gb_s"] * 1e6)
+    fitting = [n for n in ROWS if n <= llm.kv_budget["gpu"]]
+    found = []
+    for n in tqdm(fitting, "linear", disable=None, leave=False):
+        requests = [made_up_request(llm.kv, n, "gpu")]
+        ms = time_stages(llm.model, llm.kv, requests, "prefill", Deadline(60))["linear"]
+        roofline_ms = max(memory_ms, 2 * params * n / (limits["matrix_tflops"] * 1e9))
+        found.append({"rows": n, "ms": ms, "roofline_ms": roofline_ms,
+                      "over_roofline": ms / roofline_ms})
+        tqdm.write(f"{n:4d} rows: {ms:8.3f} ms a layer, roofline {roofline_ms:8.3f} ms, "
+                   f"{ms / roofline_ms:.2f}x")
+    return {"limits": limits, "rows": found, "card": llm.describe().splitlines()}
+
+
 def numbers(text):
     """An argparse type: 1,16 -> [1, 16]."""
     return [int(number) for number in text.split(",")]
@@ -235,7 +269,7 @@ def numbers(text):
 def main(argv=None):
     parser = Parser("The machine's limits, and how near the engine comes to them.")
     add = parser.add_argument
-    add("what", choices=("ceilings", "floor"))
+    add("what", choices=("ceilings", "floor", "linear"))
     add("--model", default="llama-7b")
     add("--batches", type=numbers, default=[1, 16, 64], metavar="N,N",
         help="numbers of requests that decode together")
@@ -249,7 +283,8 @@ def main(argv=None):
     add_engine_flags(parser, leave_out=("strategy", "simulate"))
     args = parser.parse_args(argv)
     with errors_in_one_line():
-        saved = run_ceilings(args) if args.what == "ceilings" else run_floor(args)
+        runs = {"ceilings": run_ceilings, "floor": run_floor, "linear": run_linear}
+        saved = runs[args.what](args)
     if args.result_filename:
         saved = {"command": shlex.join(sys.argv), "machine": machine()} | saved
         write_json(args.result_filename, saved)

@@ -39,6 +39,7 @@ case ${1:-} in
         "transformers or logits or triton or attention or swap or captured or chunked"
     measure floor-7b 2 -m lab.gpu_limits floor --model llama-7b --batches 1,16,64,128 --peer 64
     measure floor-8b 2 -m lab.gpu_limits floor --model llama-8b --batches 1,16,64,256 --peer 64
+    measure linear-8b 1 -m lab.gpu_limits linear --model llama-8b
     run cpu-attention 1 "$python" -m lab.cpu_limits --rounds 5
     measure floor-70b 1 -m lab.gpu_limits floor --model llama-70b --batches 1,4,8 --input-len 500
     ;;

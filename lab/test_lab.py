@@ -122,6 +122,10 @@ def test_gpu_limits(tmp_path, monkeypatch, capsys):
     assert min(limits[k] for k in ("copy_gb_s", "matrix_tflops", "host_read_gb_s")) > 0
     assert "to_gpu_gb_s" not in limits
     assert "would play the GPU" in capsys.readouterr().out
+    monkeypatch.setattr(gpu_limits, "ROWS", [1, 8])
+    gpu_limits.main(["linear", "--model", "tiny", "--device", "cpu", "--result-filename", files[0]])
+    rows = json.loads(Path(files[0]).read_text())["rows"]
+    assert [r["rows"] for r in rows] == [1, 8] and all(r["over_roofline"] > 0 for r in rows)
     gpu_limits.main(["floor", "--model", "tiny", "--device", "cpu", "--batches", "1,3,900",
                      "--input-len", "20", "--steps", "4", "--gpu-blocks", "300", "--cpu-mem", "0",
                      "--result-filename", files[1]])
