@@ -189,8 +189,9 @@ def parse_body(raw, kind):
                               ("messages", data.get("messages"), MAX_MESSAGES)):
         if isinstance(found, list | dict) and len(found) > most:
             raise ValueError(f"{name}: {len(found)} entries, at most {most} are allowed")
-    for name, value in data.items():
-        if name in NEUTRAL and value is not None and value not in NEUTRAL[name]:
+    for name, neutral in NEUTRAL.items():
+        value = data.get(name)
+        if value is not None and value not in neutral:
             if not (name == "best_of" and value == data.get("n")):
                 raise ValueError(f"{name} = {value!r:.60} is not supported: leave it out")
     unknown = data.keys() - kind.model_fields.keys() - NEUTRAL.keys() - IGNORED - _warned
