@@ -42,7 +42,8 @@ def resolve_device(device):
 
 def resolve_dtype(dtype, cfg, device):
     """Name -> torch dtype. auto: the checkpoint's on CUDA, if the GPU has it; on a CPU bf16 where
-    its instructions make that fast. Raises ValueError on an unknown name."""
+    its instructions make that fast, or where float32 weights do not fit. Raises ValueError on an
+    unknown name."""
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"dtype {dtype!r}: must be auto, {', '.join(DTYPES)}")
     if dtype != "auto":
@@ -51,8 +52,15 @@ def resolve_dtype(dtype, cfg, device):
         no_bf16 = torch.cuda.get_device_capability()[0] < 8
         return torch.float16 if cfg.dtype == "bf16" and no_bf16 else DTYPES[cfg.dtype]
     features = binding.get_host_cpu_features()
-    fast_bf16 = any(features.get(f) for f in ("avx512bf16", "amx-bf16", "bf16"))
-    return torch.bfloat16 if fast_bf16 else torch.float32
+    if any(features.get(f) for f in ("avx512bf16", "amx-bf16", "bf16")):
+        return torch.bfloat16
+    weights, free = 4 * cfg.num_params, host_memory()
+    if weights > free:
+        warnings.warn(f"float32 weights of {fmt_gib(weights)} do not fit in the {fmt_gib(free)} "
+                      "free here: bf16 is taken, which this processor computes slowly",
+                      stacklevel=2)
+        return torch.bfloat16
+    return torch.float32
 
 
 def resolve_threads(device, gpu_threads, cpu_threads):

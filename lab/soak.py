@@ -78,17 +78,17 @@ class Storm:
                                 {"tools": [1]}, {"prompt": [9999]}))
         stop = rng.randrange(1, 20)
         async with http.stream("POST", self.url + "/v1/completions", json=body) as reply:
-            num_lines, text = 0, ""
+            num_lines, text, failed = 0, "", False
             async for line in reply.aiter_lines():
                 num_lines, text = num_lines + bool(line), line or text
+                failed |= line.startswith('data: {"error"')
                 if way == "slow":
                     await asyncio.sleep(0.05)
                 if way == "leave" and num_lines == stop:
                     self.got["left"] += 1
                     return
-            failed = '"error"' in text or (body["stream"] and text != "data: [DONE]")
-            self.got[f"{reply.status_code}{' error event' if failed and body['stream'] else ''}"
-                     ] += 1
+            cut = reply.status_code == 200 and body["stream"] and (failed or "[DONE]" not in text)
+            self.got[f"{reply.status_code}{', cut by an error' if cut else ''}"] += 1
 
     async def half_a_header(self):
         """A connection that sends nothing more, now and then."""
