@@ -278,21 +278,8 @@ class LLM:
 
     def _grow(self, out):
         """After a new token: text, stop strings, the end."""
-        reason, stops = out.finish_reason, out.params.stop
-        if len(out.token_ids) <= out.params.min_tokens:
-            stops = []
-        if out.decoder:
-            # an end-of-text id is no text
-            ids = out.token_ids[:-1] if reason == "stop" else out.token_ids
-            new = out.decoder(ids, final=reason is not None)
-            searched = max(0, len(out.text) - max(map(len, stops), default=0))
-            out.text += new
-            found = [i for i in (out.text.find(s, searched) for s in stops) if i >= 0]
-            if found:
-                out.text = out.text[:min(found)]
-                if reason is None:
-                    self.scheduler.finish(out.request, "stop")
-                out.request.finish_reason = "stop"
+        if out.decode_more() and out.finish_reason is None:
+            self.scheduler.finish(out.request, "stop")
         if out.finish_reason:
             self._close(out)
 

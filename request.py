@@ -128,6 +128,24 @@ class RequestOutput:
         """"stop", "length" or "abort" once finished, before that None."""
         return self.request.finish_reason
 
+    def decode_more(self):
+        """Add the text of new tokens, up to a stop string. Returns whether one was found."""
+        reason, stops = self.finish_reason, self.params.stop
+        if not self.decoder:
+            return False
+        if len(self.token_ids) <= self.params.min_tokens:
+            stops = []
+        # an end-of-text id is no text
+        ids = self.token_ids[:-1] if reason == "stop" else self.token_ids
+        searched = max(0, len(self.text) - max(map(len, stops), default=0))
+        self.text += self.decoder(ids, final=reason is not None)
+        found = [i for i in (self.text.find(s, searched) for s in stops) if i >= 0]
+        if found:
+            self.text = self.text[:min(found)]
+            if reason:
+                self.request.finish_reason = "stop"
+        return bool(found)
+
     def settled_text(self):
         """The text that cannot change any more: its end may yet turn out to begin a stop string."""
         if self.finish_reason:

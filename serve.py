@@ -221,11 +221,20 @@ def parse_args(argv):
     return args
 
 
-def listen(host, port):
-    """A listening socket. Raises ValueError if it cannot be had."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+def bind(host, port):
+    """A socket that is bound but does not listen yet, so that a client is refused while weights
+    load, and does not hang. Raises ValueError if it cannot be had."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with says_where(host, port):
+        listener.bind((host, port))
+    return listener
+
+
+@contextlib.contextmanager
+def says_where(host, port):
     try:
-        return socket.create_server((host, port), family=family)
+        yield
     except OSError as error:
         raise ValueError(f"cannot listen on {host}, port {port} ({error}): "
                          "choose another with --port") from None
@@ -234,9 +243,11 @@ def listen(host, port):
 def main(argv=None):
     try:
         args = parse_args(argv)
-        listener = listen(args.host, args.port)     # before loading, which may take minutes
+        listener = bind(args.host, args.port)       # before loading, which may take minutes
         llm = LLM(args.model, args.strategy, **engine_options(args))
         template = load_chat_template(llm.name, llm.tokenizer)
+        with says_where(args.host, args.port):
+            listener.listen(1024)
     except ValueError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -41,6 +41,7 @@ from model import rope_table
 from neo import LLM, SamplingParams
 from options import Options
 from perfmodel import (
+    KINDS,
     TESTBEDS,
     Load,
     PerfModel,
@@ -50,10 +51,12 @@ from perfmodel import (
     Work,
     find_testbed,
     layer_ms,
+    load_profile,
+    save_profile,
 )
 from plan import Plan
 from queues import Captures
-from sampling import sample
+from sampling import draw, sample
 from scheduler import MAX_RUNNING, Batch, Request, Scheduler, StrategyError
 from strategies import STRATEGIES, strategy
 
@@ -540,6 +543,18 @@ def test_rope_config_of_older_transformers(rope, tmp_path):
         (dict(attention_bias=True), "attention_bias"),
         (dict(hidden_act="gelu"), "hidden_act"),
         (dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "yarn"),
+        (dict(rope_scaling={"type": "yarn"}, rope_parameters={"rope_type": "default"}), "yarn"),
+        (dict(rope_scaling={"type": "linear"}), "config.json: .*linear.*factor = None"),
+        (dict(rope_scaling={"type": "linear", "factor": 0}), "factor = 0"),
+        (dict(rope_scaling={"type": "llama3", "factor": 8.0}), "low_freq_factor = None"),
+        (dict(rope_theta=0), "config.json: rope_theta = 0"),
+        (dict(rope_parameters={"full": {"rope_type": "default"}}), "layer to layer"),
+        (dict(num_hidden_layers="4"), "n_layer = '4'"),
+        (dict(hidden_size=None), "config.json: .*wrong type"),
+        (dict(num_attention_heads=0), "config.json"),
+        (dict(vocab_size=3.5), "vocab_size = 3.5"),
+        (dict(tie_word_embeddings="false"), "tie_embeddings = 'false'"),
+        (dict(eos_token_id="2"), "eos_ids"),
         (dict(num_key_value_heads=3), "multiple of 3"),
     ],
 )
@@ -555,6 +570,87 @@ def test_unsupported_configs(change, message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(base | change))
     with pytest.raises(ValueError, match=message):
         load_config(str(tmp_path))
+
+
+def test_values_and_files_that_would_be_wrong_in_silence(text_models, tmp_path):
+    """NaN weights, integer weights, a list for a config, files outside the folder, half a
+    tokenizer: each error names the file or the tensor."""
+    from safetensors.torch import load_file, save_file
+
+    folder = text_models["tokenizers"]
+    good, config = load_file(folder / "model.safetensors"), (folder / "config.json").read_text()
+    load = lambda: LLM(str(tmp_path), device="cpu", dtype="fp32", max_model_len=64)
+    (tmp_path / "config.json").write_text(config)
+    name = "model.layers.2.mlp.down_proj.weight"
+    for bad, message in (
+        (torch.full_like(good[name], float("nan")), name + " has NaN"),
+        (good[name].to(torch.int64), name + " has dtype torch.int64"),
+    ):
+        save_file(good | {name: bad}, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=message):
+            load()
+    save_file(good, tmp_path / "model.safetensors")
+    whole = (folder / "tokenizer.json").read_text()
+    for text in ("", "{}", whole[: len(whole) // 2]):
+        (tmp_path / "tokenizer.json").write_text(text)
+        with pytest.raises(ValueError, match="tokenizer.json is truncated or no tokenizer"):
+            load()
+    (tmp_path / "tokenizer.json").unlink()
+    for index in ({}, [], {"weight_map": {name: "../model.safetensors"}}):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match="index.json: its weight_map"):
+            load()
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="config.json: must be a JSON object"):
+        load()
+
+
+def test_a_model_of_one_layer_starts(checkpoints, tmp_path):
+    """Its profile has no layer in the middle."""
+    config = json.loads((checkpoints["mha-d64-linear"][0] / "config.json").read_text())
+    transformers = pytest.importorskip("transformers")
+    cfg = transformers.LlamaConfig(**config | {"num_hidden_layers": 1, "eos_token_id": None})
+    hf = transformers.LlamaForCausalLM(cfg).eval()
+    hf.save_pretrained(tmp_path)
+    llm = LLM(str(tmp_path), device="cpu", dtype="fp32", max_model_len=64, gpu_blocks=8)
+    prompts = make_prompts(4, cfg.vocab_size, 20)
+    outs = llm.generate(prompts, SamplingParams(max_tokens=6))
+    assert [out.token_ids for out in outs] == hf_generate(hf, prompts, 6)
+
+
+def test_a_damaged_or_unwritable_profile_is_measured_again(tmp_path, monkeypatch):
+    path, key = tmp_path / "neo" / "profile.json", {"device": "x"}
+    points = {kind: [[1, 2.0]] for kind in KINDS}
+    save_profile(path, key, points)
+    assert load_profile(path, key) == points and load_profile(path, {"device": "y"}) is None
+    whole = path.read_bytes()
+    for damaged in (b"", b"\xff\xfe", b"[]", b"{}", whole[: len(whole) // 2],
+                    whole.replace(b"lm_head", b"lm_hand")):
+        path.write_bytes(damaged)
+        with pytest.warns(UserWarning, match="profile.json cannot be used"):
+            assert load_profile(path, key) is None
+    path.unlink()
+    path.mkdir()
+    with pytest.warns(UserWarning, match="profile.json cannot be used"):
+        assert load_profile(path, key) is None
+    with pytest.warns(UserWarning, match="profile.json"):
+        save_profile(path, key, points)             # a folder stands there
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="cannot be saved"):
+        save_profile(tmp_path / "file" / "neo" / "p.json", key, points)
+    full = tmp_path / "full.json"
+    save_profile(full, key, points)
+
+    def half(self, text):
+        with self.open("w") as f:
+            f.write(text[: len(text) // 2])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.warns(UserWarning, match="no space left"):
+        save_profile(full, {"device": "z"}, points)
+    assert load_profile(full, key) == points        # what was there is whole
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "full.json", "neo"]
 
 
 def test_presets_have_the_published_sizes():
@@ -983,6 +1079,18 @@ def test_sampling_is_seeded_and_independent_of_the_batch(tiny):
         tiny.generate([prompts[0]], dataclasses.replace(params[0], seed=99))[0].token_ids
         != alone[0]
     )
+
+
+def test_a_seed_draws_the_same_where_rounding_swaps_two_logits(tiny):
+    """Tokens are drawn in the order of their ids, so near ties may swap places."""
+    rng = np.random.default_rng(0)
+    rows = torch.from_numpy(rng.normal(0, 0.01, (200, 300)).astype(np.float32))
+    swapped = rows + 1e-6 * torch.from_numpy(rng.normal(0, 1, rows.shape).astype(np.float32))
+    assert (rows.argsort(-1) != swapped.argsort(-1)).any()
+    params = [SamplingParams(temperature=1.0)] * len(rows)
+    numbers = [(i + 0.5) / len(rows) for i in range(len(rows))]
+    a, b = draw(rows, params, numbers), draw(swapped, params, numbers)
+    assert sum(x != y for x, y in zip(a, b)) <= 1       # a number may lie on a token's edge
 
 
 def test_sampling_filters():
