@@ -260,6 +260,7 @@ def main(argv=None):
                             timeout_graceful_shutdown=int(args.grace) + 10)
     print(f"serving    http://{args.host}:{listener.getsockname()[1]}/v1", file=sys.stderr,
           flush=True)
+    sys.setswitchinterval(0.001)    # the engine gets the GIL back after 1 ms, not after 5
     gc.collect()
     gc.freeze()         # the garbage collector need not search what stays, which takes 0.1 s
     Server(config, engine, args.grace).run([listener])

@@ -4,20 +4,24 @@ What the engine can do is checked strictly. What would change the answer's meani
 supported is refused by name, unless its value is neutral. Unknown fields are ignored, with one
 warning per name. Refuses to know routes and how requests run. Test: pytest server
 """
-import json
 import sys
 import time
 import uuid
 from dataclasses import replace
 from typing import Annotated
 
+import numpy as np
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
+from pydantic_core import from_json
 
 from neo import SamplingParams
 from request import MAX_TOP_LOGPROBS
 
-MAX_FIELDS = 200        # of a body
+LARGE = 100_000         # bytes of a body, from which on its keys and values are counted
+MAX_KEYS = 25_000       # of a large body,
+MAX_VALUES = 250_000    # which is also a limit on the token ids of all its prompts
+MAX_FIELDS = 200        # at the top of a body
 MAX_MESSAGES = 4096     # of a chat
 MAX_SAMPLES = 16        # n: answers to one prompt
 MAX_STOPS = 16          # stop strings of a request: each is searched for after every token
@@ -177,11 +181,17 @@ def is_text_part(part):
 def parse_body(raw, kind):
     """The bytes of a body -> a Completion or a Chat (`kind`). Raises ValueError.
 
-    Called on one thread for all clients, so that the GIL is held by one long call at a time.
+    Called on one thread for all clients: to parse holds the GIL, which the engine needs, too. So
+    what would take longer than some 20 ms is refused first.
     """
+    if len(raw) > LARGE:
+        num_keys, num_values = count_structure(raw)
+        for found, most, what in ((num_keys, MAX_KEYS, "keys"), (num_values, MAX_VALUES, "values")):
+            if found > most:
+                raise ValueError(f"body: {found} {what}, at most {most} are allowed")
     try:
-        data = json.loads(raw)
-    except (ValueError, RecursionError) as error:
+        data = from_json(raw, allow_inf_nan=False)
+    except ValueError as error:
         raise ValueError(f"body: not JSON ({error!s:.200})") from None
     if not isinstance(data, dict):
         raise ValueError("body: must be a JSON object")
@@ -204,6 +214,15 @@ def parse_body(raw, kind):
         first = error.errors(include_url=False, include_input=False)[0]
         field = ".".join(map(str, first["loc"])) or "body"
         raise ValueError(f"{field}: {first['msg']}") from None
+
+
+def count_structure(raw):
+    """(keys, values) of JSON: its colons and commas outside of strings. NumPy works without the
+    GIL."""
+    flat = raw.replace(b"\\\\", b"__").replace(b'\\"', b"__")       # no escaped quotes
+    x = np.frombuffer(flat, np.uint8)
+    outside = np.cumsum(x == ord('"'), dtype=np.uint8) & 1 == 0     # wraps, but stays odd or even
+    return tuple(int((outside & (x == ord(sign))).sum()) for sign in ":,")
 
 
 class Reply:

@@ -459,7 +459,11 @@ def test_a_large_bad_body_does_not_stop_the_loop():
             assert r.status_code == 400 and len(r.text) < 1000
         fields = b"".join(b'"f%d": 1, ' % i for i in range(300_000))
         r = server.post(b"{" + fields + b'"prompt": [1]}')
-        assert r.status_code == 400 and "300001 entries" in r.text
+        assert r.status_code == 400 and "300001 keys" in r.text
+        r = server.post(b"{" + fields[:fields.index(b'"f300"')] + b'"prompt": [1]}')
+        assert r.status_code == 400 and "entries" in r.text
+        r = server.post({"prompt": ["\\\"" + 100_000 * ':,"\\']})    # none of it is structure
+        assert r.status_code == 400 and "without a tokenizer" in r.text
 
 
 def test_a_prompt_is_refused_by_its_characters_before_it_is_tokenized(text_server, monkeypatch):
@@ -700,7 +704,7 @@ def test_messages_as_the_openai_package_dumps_them(text_server):
     (b"[" * 20000, 400),
     (b'{"model": "' + b"x" * 60_000 + b'"}', 413),
     (b'{"model": "tiny", "prompt": [1], "temperature": NaN}', 400),
-    (b'{"model": "\\ud800", "prompt": [1]}', 404),
+    (b'{"model": "\\ud800", "prompt": [1]}', 400),
     (b'{"model": "tiny", "prompt": [1], "seed": ' + b"9" * 5000 + b"}", 400),
     (b'{"model": "tiny", "prompt": ["\\ud800"]}', 400)])
 def test_bodies_that_are_no_request(server, content, status):
