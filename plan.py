@@ -166,10 +166,10 @@ def check_speed(s, plan):
     """Raise StrategyError after a long row of plans that leave decodes out and are slow by it."""
     if not plan.predicted:
         return
-    slow = False
-    everybody = Batch(plan.prefill, s.decodes("gpu"), s.decodes("cpu"))
-    num_left_out = len(everybody.requests) - len(plan.requests)
-    if num_left_out:
+    slow, num_rows = False, sum(len(batch.requests) for batch in plan.batches)
+    if num_rows < s.num_running:
+        everybody = Batch(plan.prefill, s.decodes("gpu"), s.decodes("cpu"))
+        num_left_out = len(everybody.requests) - num_rows
         num_sampled = len(everybody.sampled)
         predicted = s.perf.iteration([s.perf.load(everybody.work())], num_sampled)
         rate = len(plan.sampled) / plan.predicted.total_ms

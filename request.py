@@ -37,7 +37,8 @@ class Request:
     @property
     def is_decoding(self):
         """Its prefill is over: each iteration that it is part of gives it one token."""
-        return bool(self.output) and self.num_cached == self.num_tokens - 1
+        num_output = len(self.output)       # not num_tokens: this is asked most often of all
+        return num_output > 0 and self.num_cached == len(self.prompt) + num_output - 1
 
     @property
     def ends_prefill(self):

@@ -142,11 +142,13 @@ class Neo(Even):
     def form(self, s, plan):
         if self.aim and not self.aim.cpu_decodes:   # out of the CPU tier, before others come in
             s.refill_gpu(plan)
-        num_prompts = len(s.waiting) + s.num_running - len(s.decodes("gpu") + s.decodes("cpu"))
+        gpu, cpu = s.decodes("gpu"), s.decodes("cpu")
+        num_prompts = len(s.waiting) + s.num_running - len(gpu) - len(cpu)
         self.admit(s, plan, num_shares=2 if s.running["cpu"] and num_prompts > 1 else 1)
         s.refill_gpu(plan)
-        gpu = s.decodes("gpu")
-        cpu = sorted(s.decodes("cpu"), key=lambda r: (r.last_run, r.arrival))
+        if plan.swap_in:
+            gpu, cpu = s.decodes("gpu"), s.decodes("cpu")
+        cpu.sort(key=lambda r: (r.last_run, r.arrival))
         ages = [0, *accumulate(s.iteration - r.last_run for r in cpu)]      # of the first n
         # a chunk is worth its share of the first token
         tokens = sum(r.num_scheduled / r.num_tokens for r in plan.prefill) + len(gpu)
