@@ -50,6 +50,9 @@ class Config:
             raise ValueError(f"tie_embeddings = {self.tie_embeddings!r}: must be true or false")
         if not all(type(t) is int for t in self.eos_ids):
             raise ValueError(f"eos_ids = {self.eos_ids!r}: must be token ids")
+        # A vocabulary that was cut does not have the ids of its family: they can never come.
+        known = tuple(t for t in self.eos_ids if 0 <= t < self.vocab_size)
+        object.__setattr__(self, "eos_ids", known)
         if self.n_head % self.n_kv_head:
             raise ValueError(f"{self.n_head} query heads are not a multiple of {self.n_kv_head} "
                              "KV heads")

@@ -329,9 +329,10 @@ class LLM:
                 ids.append(self.check_prompt(prompt, p))
             except ValueError as error:
                 raise ValueError(f"prompt {i}: {error}") from None
-        added = [self.add_request(prompt, p) for prompt, p in zip(ids, params, strict=True)]
-        outs = [self.outputs[request_id] for request_id in added]
+        outs = []
         try:
+            for prompt, p in zip(ids, params, strict=True):
+                outs.append(self.outputs[self.add_request(prompt, p)])
             with tqdm(total=len(outs), desc="generate", unit="req", disable=None,
                       leave=False) as bar:
                 while any(out.finish_reason is None for out in outs):

@@ -171,6 +171,7 @@ def check_speed(s, plan):
         everybody = Batch(plan.prefill, s.decodes("gpu"), s.decodes("cpu"))
         num_left_out = len(everybody.requests) - num_rows
         num_sampled = len(everybody.sampled)
+    if num_rows < s.num_running and num_left_out:
         predicted = s.perf.iteration([s.perf.load(everybody.work())], num_sampled)
         rate = len(plan.sampled) / plan.predicted.total_ms
         slow = rate < SLOW_SHARE * num_sampled / predicted.total_ms

@@ -108,6 +108,7 @@ class RequestOutput:
     text: str = ""                 # grows by whole characters; empty without a tokenizer
     logprobs: list = field(default_factory=list)            # natural; empty unless asked for
     top_logprobs: list = field(default_factory=list)        # of each token: [(id, logprob)]
+    num_exempt: int = 0            # characters that stop strings are not searched in (min_tokens)
     rng: random.Random = field(default=None, repr=False)    # its own, if it samples
     decoder: object = field(default=None, repr=False)       # tokens -> text, with a tokenizer
 
@@ -134,12 +135,14 @@ class RequestOutput:
         reason, stops = self.finish_reason, self.params.stop
         if not self.decoder:
             return False
-        if len(self.token_ids) <= self.params.min_tokens:
-            stops = []
+        exempt = len(self.token_ids) <= self.params.min_tokens
         # an end-of-text id is no text
         ids = self.token_ids[:-1] if reason == "stop" else self.token_ids
-        searched = max(0, len(self.text) - max(map(len, stops), default=0))
+        searched = max(self.num_exempt, len(self.text) - max(map(len, stops), default=0))
         self.text += self.decoder(ids, final=reason is not None)
+        if exempt:
+            self.num_exempt = len(self.text)
+            return False
         found = [i for i in (self.text.find(s, searched) for s in stops) if i >= 0]
         if found:
             self.text = self.text[:min(found)]

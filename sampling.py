@@ -48,8 +48,7 @@ def _choose(logits, outs):
 
 
 def change_logits(x, out):
-    """Penalties, biases and forbidden ends of one row x [V], in place, as OpenAI and vLLM define
-    them."""
+    """Penalties, then biases, then forbidden ends of one row x [V], in place."""
     p, r = out.params, out.request
 
     def index(ids):
@@ -81,11 +80,11 @@ def draw(logits, params, numbers):
     V = logits.shape[1]
     temperature, top_p = column([p.temperature for p in params]), column([p.top_p for p in params])
     top_k = column([p.top_k or V for p in params])
-    x, order = (logits / temperature).sort(descending=True)             # [R, V] likeliest first
+    x, order = (logits / temperature).sort(descending=True, stable=True)    # likeliest first
     probs = x.softmax(-1)
     before = probs.cumsum(-1) - probs                                   # mass of likelier tokens
-    ids = torch.arange(V, device=x.device)
-    kept = probs * ((ids < top_k) & (before < top_p))
+    rank = torch.arange(V, device=x.device)
+    kept = probs * ((rank < top_k) & (before < top_p))
     mass = torch.zeros_like(kept).scatter_(1, order, kept).cumsum(-1)   # in order of token ids
     total = mass[:, -1:]
     reached = (mass <= column(numbers) * total).sum(-1)

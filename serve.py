@@ -19,6 +19,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from neo import LLM
 from options import Parser, add_engine_flags, engine_options
@@ -71,8 +72,9 @@ class Routes:
 
     async def answer(self, kind, http):
         """Both POST routes: check the body, give its prompts to the engine, stream or collect."""
-        loop, raw = asyncio.get_running_loop(), await http.body()
+        loop = asyncio.get_running_loop()
         try:
+            raw = await http.body()
             body = await loop.run_in_executor(self.parsing, parse_body, raw, kind)
             if body.model not in (None, self.llm.name):
                 return error_response(404, self.unknown(body.model), "model_not_found")
@@ -85,6 +87,8 @@ class Routes:
                 self.tokenizing, self.token_ids, body, samples[0])
             stream = self.engine.submit([p for p in ids for _ in samples], samples * len(ids),
                                         bool(body.stream))
+        except ClientDisconnect:
+            return PlainTextResponse("", 499)       # nobody reads it
         except Refused as refusal:
             return error_response(refusal.status, refusal, headers=refusal.headers)
         except ValueError as error:

@@ -10,6 +10,7 @@ that it may have left half served, and no others. Refuses to know JSON, routes a
 Test: pytest server
 """
 import asyncio
+import contextlib
 import math
 import sys
 import threading
@@ -158,27 +159,31 @@ class EngineThread(threading.Thread):
     # ---- the thread itself
 
     def run(self):
-        while not self.dead:
-            try:
-                if not self._enter_and_abort():
-                    return
-                self._deliver(self.llm.step())
-                if self.num_failures:
-                    self.num_failures, self.failure = 0, None
-            except BaseException as error:      # of any kind: no reader may be left waiting
-                self._recover(error)
+        finished = False
+        try:
+            while not (finished or self.dead):
+                try:
+                    finished = not self._enter_and_abort()
+                    if not finished:
+                        self._deliver(self.llm.step())
+                        self.num_failures, self.failure = 0, None
+                except BaseException as error:      # of any kind: no reader may be left waiting
+                    self._recover(error)
+        finally:
+            if not (finished or self.dead):         # an error in _recover itself
+                self._die()
 
     def _recover(self, error):
         """End the Streams that an error has touched; after too many errors in a row, all."""
-        traceback.print_exception(error, file=sys.stderr)
+        log(error)
         self.num_failures += 1
         self.failure, self.failed_at = failure_text(error), time.perf_counter()
         dying = self.num_failures >= MAX_FAILURES
         try:
             for stream in [s for s in self.open if not dying and self._is_broken(s)]:
                 self._end(stream, self.failure)
-        except BaseException:
-            traceback.print_exc(file=sys.stderr)
+        except BaseException as second:
+            log(second)
             dying = True
         self.delivering.clear()
         if dying:
@@ -230,7 +235,7 @@ class EngineThread(threading.Thread):
                 stream.outs[i] = self.llm.outputs[request_id]
                 self.in_flight[request_id] = Progress(stream, i)
         except BaseException as error:
-            traceback.print_exc(file=sys.stderr)
+            log(error)
             self._end(stream, failure_text(error))
 
     def _abort(self, stream, error=None):
@@ -254,6 +259,9 @@ class EngineThread(threading.Thread):
     def _deliver(self, outs):
         """Send what is new in some RequestOutputs to their readers."""
         now, events, too_slow = time.perf_counter(), [], set()
+        for out in [out for out in outs if out.request_id not in self.in_flight]:
+            self.llm.abort(out.request_id)      # an error cut _enter short: nobody waits for it
+            outs.remove(out)
         self.delivering = {self.in_flight[out.request_id].stream for out in outs}
         for out in outs:
             progress = self.in_flight[out.request_id]
@@ -286,6 +294,12 @@ class EngineThread(threading.Thread):
         except RuntimeError:
             if not self.loop.is_closed():   # if it is, nobody reads
                 raise
+
+
+def log(error):
+    """Print a traceback. A log that cannot be written must not end the engine."""
+    with contextlib.suppress(Exception):
+        traceback.print_exception(error, file=sys.stderr)
 
 
 def failure_text(error):

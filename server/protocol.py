@@ -4,6 +4,7 @@ What the engine can do is checked strictly. What would change the answer's meani
 supported is refused by name, unless its value is neutral. Unknown fields are ignored, with one
 warning per name. Refuses to know routes and how requests run. Test: pytest server
 """
+import contextlib
 import sys
 import time
 import uuid
@@ -19,8 +20,8 @@ from neo import SamplingParams
 from request import MAX_TOP_LOGPROBS
 
 LARGE = 100_000         # bytes of a body, from which on its keys and values are counted
-MAX_KEYS = 25_000       # of a large body,
-MAX_VALUES = 250_000    # which is also a limit on the token ids of all its prompts
+MAX_KEYS = 25_000       # of a large body
+MAX_VALUES = 250_000    # of a large body; token ids of prompts are values, too
 MAX_FIELDS = 200        # at the top of a body
 MAX_MESSAGES = 4096     # of a chat
 MAX_SAMPLES = 16        # n: answers to one prompt
@@ -68,7 +69,7 @@ class Common(Strict):
     temperature: Number | None = None
     top_p: Number | None = None
     top_k: int | None = None            # -1 or 0: all
-    seed: int | None = None
+    seed: int | None = Field(None, ge=-2 ** 63, lt=2 ** 63)
     n: int | None = Field(1, ge=1, le=MAX_SAMPLES)
     stop: str | list | None = None      # params() checks the elements
     stop_token_ids: Annotated[list[int], Field(max_length=MAX_IDS)] | None = None
@@ -204,10 +205,12 @@ def parse_body(raw, kind):
         if value is not None and value not in neutral:
             if not (name == "best_of" and value == data.get("n")):
                 raise ValueError(f"{name} = {value!r:.60} is not supported: leave it out")
-    unknown = data.keys() - kind.model_fields.keys() - NEUTRAL.keys() - IGNORED - _warned
+    unknown = data.keys() - kind.model_fields.keys() - NEUTRAL.keys() - IGNORED
+    unknown = {name[:60] for name in unknown} - _warned
     for name in sorted(unknown) if len(_warned) < MAX_WARNED else ():
         _warned.add(name)
-        print(f"warning: field {name!r:.60} of a request is unknown, and ignored", file=sys.stderr)
+        with contextlib.suppress(OSError):      # a log that cannot be written hurts no client
+            print(f"warning: field {name!r} of a request is unknown, and ignored", file=sys.stderr)
     try:
         return kind.model_validate(data)
     except ValidationError as error:
@@ -275,11 +278,12 @@ class Reply:
         return choice | {key: role | {"content": part.text}}
 
     def logprobs(self, part):
-        if self.body.logprobs in (None, False):
+        if self.body.logprobs is None or self.body.logprobs is False:      # 0 asks for some
             return None
         names, tops = [self.name(t) for t in part.token_ids], part.top_logprobs
         if not self.is_chat:
-            likeliest = [{self.name(t): p for t, p in top} for top in tops] or None
+            # reversed, so that of two tokens with the same text the likelier one stays
+            likeliest = [{self.name(t): p for t, p in reversed(top)} for top in tops] or None
             return {"tokens": names, "token_logprobs": part.logprobs,
                     "top_logprobs": likeliest if self.body.logprobs else None,
                     "text_offset": None}
