@@ -18,6 +18,12 @@ ROPE_NUMBERS = {"default": (), "linear": ("factor",),       # that each kind of 
                            "original_max_position_embeddings")}
 
 
+def require_positive(name, value):
+    """Raise ValueError unless value is a finite number above 0."""
+    if type(value) not in (int, float) or not 0 < value < float("inf"):
+        raise ValueError(f"{name} = {value!r}: must be a number above 0")
+
+
 @dataclass(frozen=True)
 class Config:
     """Geometry of a Llama model. Raises ValueError on what this engine cannot run."""
@@ -43,9 +49,7 @@ class Config:
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} = {value!r}: must be a whole number, 1 or more")
         for name in ("rope_theta", "norm_eps"):
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 < value < float("inf"):
-                raise ValueError(f"{name} = {value!r}: must be a number above 0")
+            require_positive(name, getattr(self, name))
         if type(self.tie_embeddings) is not bool:
             raise ValueError(f"tie_embeddings = {self.tie_embeddings!r}: must be true or false")
         if not all(type(t) is int for t in self.eos_ids):
@@ -63,10 +67,7 @@ class Config:
             raise ValueError(f"RoPE scaling {rope_type!r} is not supported: use linear, llama3 or "
                              "none")
         for key in ROPE_NUMBERS[rope_type]:
-            value = self.rope_scaling.get(key)
-            if type(value) not in (int, float) or not 0 < value < float("inf"):
-                raise ValueError(f"RoPE scaling {rope_type!r}: {key} = {value!r} must be a number "
-                                 "above 0")
+            require_positive(f"RoPE scaling {rope_type!r}: {key}", self.rope_scaling.get(key))
 
     @property
     def num_params(self):

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from kvcache import KVCache
-from perfmodel import load_profile, save_profile
+from perfmodel import POINT_KINDS, load_profile, save_profile
 from plan import Batch
 from request import Request, SamplingParams
 from sampling import SAMPLED_AT_ONCE, draw
@@ -183,8 +183,7 @@ def measure_profile(model, kv, budget):
     """
     bs, deadline = budget.block_size, Deadline(PROFILE_SECONDS)
     gpu_tokens, cpu_tokens = (kv.tiers[tier].num_blocks * bs for tier in ("gpu", "cpu"))
-    points = {k: [] for k in ("linear", "lm_head", "prefill", "gpu_decode", "cpu_decode",
-                              "transfer")}
+    points = {kind: [] for kind in POINT_KINDS}
     tier = "cpu" if cpu_tokens else "gpu"
     prompts = list(prompt_lengths(budget, kv.tiers[tier].num_blocks))
     longest = min(budget.max_model_len, 1024)
@@ -259,7 +258,7 @@ def time_stages(model, kv, requests, kind, deadline):
         ms = Counter()
         for span in spans:
             ms[counted_as(span, kind), span.layer] += 1e3 * (span.end - span.start)
-        # the embedding, half a layer; half a layer; the head
+        # `ends` is the embedding and the half layers before the first and after the last attention.
         ends, head = ms.pop(("linear", 0)) + ms.pop(("linear", L)), ms.pop(("head", L))
         for (stage, _), value in ms.items():
             times[stage].append(value)

@@ -187,7 +187,7 @@ class Profile(PerfModel):
         return a + b * n_bytes
 
 
-KINDS = ("linear", "lm_head", "prefill", "gpu_decode", "cpu_decode", "transfer")   # of points
+POINT_KINDS = "linear", "lm_head", "prefill", "gpu_decode", "cpu_decode", "transfer"
 
 
 def load_profile(path, key):
@@ -196,7 +196,8 @@ def load_profile(path, key):
     try:
         saved = json.loads(path.read_text())
         points = saved["points"] if saved["key"] == key else None
-        if points is not None and not all(isinstance(p, list) for k in KINDS for p in points[k]):
+        if points is not None and not all(isinstance(p, list) for kind in POINT_KINDS
+                                          for p in points[kind]):
             raise ValueError("points are missing")
         return points
     except FileNotFoundError:

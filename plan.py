@@ -166,12 +166,12 @@ def check_speed(s, plan):
     """Raise StrategyError after a long row of plans that leave decodes out and are slow by it."""
     if not plan.predicted:
         return
-    slow, num_rows = False, sum(len(batch.requests) for batch in plan.batches)
-    if num_rows < s.num_running:
+    slow, num_left_out, num_rows = False, 0, len(plan.requests)
+    if num_rows < s.num_running:        # decodes are left out, or prompts got no rows
         everybody = Batch(plan.prefill, s.decodes("gpu"), s.decodes("cpu"))
         num_left_out = len(everybody.requests) - num_rows
+    if num_left_out:
         num_sampled = len(everybody.sampled)
-    if num_rows < s.num_running and num_left_out:
         predicted = s.perf.iteration([s.perf.load(everybody.work())], num_sampled)
         rate = len(plan.sampled) / plan.predicted.total_ms
         slow = rate < SLOW_SHARE * num_sampled / predicted.total_ms

@@ -5,7 +5,7 @@ that log-probabilities are appended to. Knows no model, no tiers and no policy.
 """
 import torch
 
-SAMPLED_AT_ONCE = 64    # rows: sorting a vocabulary takes 30 bytes for each logit of a row
+SAMPLED_AT_ONCE = 64    # rows: `draw` holds several tensors as large as their logits
 
 
 def sample(logits, outs):

@@ -41,7 +41,7 @@ from model import rope_table
 from neo import LLM, SamplingParams
 from options import Options
 from perfmodel import (
-    KINDS,
+    POINT_KINDS,
     TESTBEDS,
     Load,
     PerfModel,
@@ -620,7 +620,7 @@ def test_a_model_of_one_layer_starts(checkpoints, tmp_path):
 
 def test_a_damaged_or_unwritable_profile_is_measured_again(tmp_path, monkeypatch):
     path, key = tmp_path / "neo" / "profile.json", {"device": "x"}
-    points = {kind: [[1, 2.0]] for kind in KINDS}
+    points = {kind: [[1, 2.0]] for kind in POINT_KINDS}
     save_profile(path, key, points)
     assert load_profile(path, key) == points and load_profile(path, {"device": "y"}) is None
     whole = path.read_bytes()

@@ -2,9 +2,9 @@
 
     python -m lab.soak --minutes 15
 
-Starts serve.py with the tiny model in a process of its own, in which one step in 200 fails, and
-prints once a minute what it answered and what it holds: memory, descriptors, threads, KV blocks.
-At the end nothing may be held, and no request may have waited for ever. Test: pytest lab -k soak
+Starts serve.py with the tiny model in a process of its own, in which some steps fail, and prints
+once a minute what it answered and what it holds: memory, descriptors, threads, KV blocks. At the
+end nothing may be held, and no request may have waited for ever.
 """
 import asyncio
 import os
@@ -23,7 +23,8 @@ import httpx
 import serve
 from options import Parser
 
-FAULTS = 1 / 200            # share of steps that fail
+STEP_FAULTS = 1 / 400       # share of steps that fail in the middle
+TOKEN_FAULTS = 1 / 4000     # share of tokens after whose commit their step fails
 HANG_SECONDS = 120.0        # a request that takes longer hangs
 SERVER = ["--model", "tiny", "--device", "cpu", "--dtype", "fp32", "--gpu-blocks", "60",
           "--cpu-mem", "0.02", "--max-model-len", "400", "--max-queue", "100"]
@@ -36,12 +37,12 @@ def faulty_server(port):
         rng = random.Random(0)
 
         def _grow(self, out):
-            if self.rng.random() < FAULTS / 20:         # of each token
+            if self.rng.random() < TOKEN_FAULTS:
                 raise self.rng.choice(KINDS)("a fault after commit")
             super()._grow(out)
 
         def step(self):
-            if self.outputs and self.rng.random() < FAULTS / 2:
+            if self.outputs and self.rng.random() < STEP_FAULTS:
                 self.kv.bind = None                     # this step fails in the middle
             try:
                 return super().step()

@@ -11,6 +11,7 @@ Test: pytest server
 """
 import asyncio
 import contextlib
+import itertools
 import math
 import sys
 import threading
@@ -93,6 +94,7 @@ class EngineThread(threading.Thread):
         super().__init__(name="engine", daemon=True)
         self.llm, self.max_queue, self.buffer = llm, max_queue, buffer
         self.metrics = Metrics(llm)
+        self.ids = itertools.count()    # of requests
         self.in_flight = {}             # request id -> Progress
         self.open = set()               # Streams that have not ended
         self.delivering = set()         # those of them that get Deltas right now
@@ -231,9 +233,10 @@ class EngineThread(threading.Thread):
         """Add one call to the LLM. An error ends this call alone."""
         try:
             for i, (ids, p) in enumerate(zip(prompts, params, strict=True)):
-                request_id = self.llm.add_request(ids, p)
-                stream.outs[i] = self.llm.outputs[request_id]
+                request_id = next(self.ids)     # known before anything is added: see _end
                 self.in_flight[request_id] = Progress(stream, i)
+                self.llm.add_request(ids, p, request_id)
+                stream.outs[i] = self.llm.outputs[request_id]
         except BaseException as error:
             log(error)
             self._end(stream, failure_text(error))
@@ -248,10 +251,9 @@ class EngineThread(threading.Thread):
     def _end(self, stream, error):
         """End a Stream in whatever state it is. No Delta of it can be trusted any more."""
         stream.error = stream.error or error
-        for out in stream.outs:
-            if out:
-                self.llm.abort(out.request_id)
-                self.in_flight.pop(out.request_id, None)
+        for request_id in [i for i, p in self.in_flight.items() if p.stream is stream]:
+            self.llm.abort(request_id)
+            del self.in_flight[request_id]
         stream.num_open = 0
         self._send([(stream, None)])
         self.open.discard(stream)
@@ -259,9 +261,6 @@ class EngineThread(threading.Thread):
     def _deliver(self, outs):
         """Send what is new in some RequestOutputs to their readers."""
         now, events, too_slow = time.perf_counter(), [], set()
-        for out in [out for out in outs if out.request_id not in self.in_flight]:
-            self.llm.abort(out.request_id)      # an error cut _enter short: nobody waits for it
-            outs.remove(out)
         self.delivering = {self.in_flight[out.request_id].stream for out in outs}
         for out in outs:
             progress = self.in_flight[out.request_id]

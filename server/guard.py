@@ -23,8 +23,8 @@ def max_connections():
     return min(max(limit - 100, 16), 10_000)
 
 
-HEADER_SECONDS = 10     # that a client may take to send a request's header,
-BODY_SECONDS = 60       # and its body
+HEADER_SECONDS = 10     # that a client may take to send the header of a request
+BODY_SECONDS = 60       # that it may take to send the body
 MAX_CONNECTIONS = max_connections()
 
 

@@ -7,6 +7,11 @@ from fastapi.responses import Response
 
 from server.protocol import Chat, Completion
 
+BODIES = {"/v1/completions": Completion, "/v1/chat/completions": Chat}
+FAILURES = {"/health": [503], "/metrics": [401], "/v1/models": [401],
+            "/v1/models/{name:path}": [401, 404],
+            **dict.fromkeys(BODIES, [400, 401, 404, 408, 413, 429, 503])}
+
 
 def describe(path):
     """What /openapi.json says about a route: parameters, body, statuses and content types."""
@@ -14,21 +19,20 @@ def describe(path):
         return {"content": {kind: {}}}
     error = {"description": "an error in OpenAI's shape", **content("application/json")}
     kind = "text/plain" if path == "/metrics" else "application/json"
-    extra, statuses = {}, {"/health": (503,), "/metrics": (401,), "/v1/models": (401,)}
+    extra = {}
     if "{name" in path:
         extra = {"parameters": [{"name": "name", "in": "path", "required": True,
                                  "schema": {"type": "string"}}]}
-    body = {"/v1/completions": Completion, "/v1/chat/completions": Chat}.get(path)
+    body = BODIES.get(path)
     answer = {"description": "the answer", **content(kind)}
     if body:
         answer["content"]["text/event-stream"] = {}
-        schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
+        schema = body.model_json_schema()
         schema = inline(schema, schema.pop("$defs", {}))
         extra = {"requestBody": {"required": True,
                                  "content": {"application/json": {"schema": schema}}}}
-    failures = statuses.get(path, (400, 401, 404, 408, 413, 429, 503) if body else (401, 404))
     return {"openapi_extra": extra, "response_class": Response,
-            "responses": {200: answer, **{status: error for status in failures}}}
+            "responses": {200: answer, **{status: error for status in FAILURES[path]}}}
 
 
 def inline(schema, definitions):

@@ -1,8 +1,9 @@
 """OpenAI's JSON: the bodies that clients send, and the answers that they get.
 
 What the engine can do is checked strictly. What would change the answer's meaning and is not
-supported is refused by name, unless its value is neutral. Unknown fields are ignored, with one
-warning per name. Refuses to know routes and how requests run. Test: pytest server
+supported is refused by name, unless its value is neutral. Unknown fields are ignored, those at the
+top of a body with one warning per name. Refuses to know routes and how requests run.
+Test: pytest server
 """
 import contextlib
 import sys
@@ -202,9 +203,9 @@ def parse_body(raw, kind):
             raise ValueError(f"{name}: {len(found)} entries, at most {most} are allowed")
     for name, neutral in NEUTRAL.items():
         value = data.get(name)
-        if value is not None and value not in neutral:
-            if not (name == "best_of" and value == data.get("n")):
-                raise ValueError(f"{name} = {value!r:.60} is not supported: leave it out")
+        all_samples = name == "best_of" and value == data.get("n")
+        if not (value is None or value in neutral or all_samples):
+            raise ValueError(f"{name} = {value!r:.60} is not supported: leave it out")
     unknown = data.keys() - kind.model_fields.keys() - NEUTRAL.keys() - IGNORED
     unknown = {name[:60] for name in unknown} - _warned
     for name in sorted(unknown) if len(_warned) < MAX_WARNED else ():
