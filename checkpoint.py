@@ -4,6 +4,7 @@ Reads Hugging Face folders (config.json, *.safetensors) and Meta's (params.json,
 consolidated.*.pth). Every error names the file or the tensor. Knows no devices, merged weights or
 requests. Glossary of symbols: model.py.
 """
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,12 @@ import torch
 ROPE_NUMBERS = {"default": (), "linear": ("factor",),       # that each kind of scaling needs
                 "llama3": ("factor", "low_freq_factor", "high_freq_factor",
                            "original_max_position_embeddings")}
+
+
+def require_whole(name, value):
+    """Raise ValueError unless value is a whole number, 1 or more."""
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} = {value!r:.60}: must be a whole number, 1 or more")
 
 
 def require_positive(name, value):
@@ -45,9 +52,7 @@ class Config:
     def __post_init__(self):
         for name in ("n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "n_ffn", "vocab_size",
                      "max_position"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} = {value!r}: must be a whole number, 1 or more")
+            require_whole(name, getattr(self, name))
         for name in ("rope_theta", "norm_eps"):
             require_positive(name, getattr(self, name))
         if type(self.tie_embeddings) is not bool:
@@ -123,7 +128,7 @@ def load_config(model):
 def read_json(path):
     try:
         return json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): copy the file again") from None
 
 
@@ -137,11 +142,22 @@ def _hf_config(c, path):
             raise ValueError(f"{key} = {c[key]!r} is not supported (only {value!r})")
     required = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size",
                 "vocab_size")
-    if missing := [key for key in required if key not in c]:
+    if missing := [key for key in required if c.get(key) is None]:
         raise ValueError(f"it lacks {', '.join(missing)}")
+    # Config checks this, too, but its messages would name its own fields.
+    c = {key: value for key, value in c.items() if value is not None}
+    for key in (*required, "num_key_value_heads", "head_dim", "max_position_embeddings"):
+        require_whole(key, c.get(key, 1))
+    for key in ("rope_theta", "rms_norm_eps"):
+        require_positive(key, c.get(key, 1))
+    if type(c.get("tie_word_embeddings", True)) is not bool:
+        raise ValueError(f"tie_word_embeddings = {c['tie_word_embeddings']!r:.60}: must be true or "
+                         "false")
     kinds = {}      # of both spellings: transformers 5, and older
     for key in ("rope_parameters", "rope_scaling"):
         rope = c.get(key) or {}
+        if not isinstance(rope, dict):
+            raise ValueError(f"{key} = {rope!r:.60}: must be a JSON object")
         if any(isinstance(value, dict) for value in rope.values()):
             raise ValueError(f"{key} differs from layer to layer: this is not supported")
         kinds[key] = rope.get("rope_type", rope.get("type", "default"))
@@ -150,14 +166,15 @@ def _hf_config(c, path):
         raise ValueError(f"rope_parameters and rope_scaling contradict each other: {kinds}")
     key = scaled[0] if scaled else "rope_parameters"
     rope = {**(c.get("rope_parameters") or {}), **(c.get(key) or {}), "rope_type": kinds[key]}
-    eos_ids = c.get("eos_token_id")
-    if not isinstance(eos_ids, list):
-        eos_ids = [] if eos_ids is None else [eos_ids]
+    eos_ids = c.get("eos_token_id", [])
+    eos_ids = eos_ids if isinstance(eos_ids, list) else [eos_ids]
+    if not all(type(t) is int for t in eos_ids):
+        raise ValueError(f"eos_token_id = {eos_ids!r:.60}: must be token ids")
     dtype = c.get("dtype") or c.get("torch_dtype")
     H = c["num_attention_heads"]
     return Config(
-        n_layer=c["num_hidden_layers"], n_head=H, n_kv_head=c.get("num_key_value_heads") or H,
-        head_dim=c.get("head_dim") or c["hidden_size"] // H, n_embd=c["hidden_size"],
+        n_layer=c["num_hidden_layers"], n_head=H, n_kv_head=c.get("num_key_value_heads", H),
+        head_dim=c.get("head_dim", c["hidden_size"] // H), n_embd=c["hidden_size"],
         n_ffn=c["intermediate_size"], vocab_size=c["vocab_size"],
         max_position=c.get("max_position_embeddings", 2048),
         rope_theta=rope.get("rope_theta", c.get("rope_theta", 10000.0)), rope_scaling=rope,
@@ -329,6 +346,12 @@ def load_tokenizer(model):
     path = Path(model)
     files = (path / "tokenizer.json", path / "tokenizer.model")
     return Tokenizer(path) if any(f.is_file() for f in files) else None
+
+
+@functools.cache
+def token_name(tokenizer, token):
+    """The text of one token; remembered, because answers with log-probabilities name thousands."""
+    return tokenizer.decode([token])
 
 
 class StreamDecoder:

@@ -26,7 +26,8 @@ from startup import CUDA_SHARE, GIB, device_name, fmt_gib
 GRAPH_BYTES = 256 << 20     # set aside for CUDA graphs: memory that torch does not count
 PROFILE_SECONDS = 8.0       # time for measuring the profile; what does not fit is left out
 PROFILE_VERSION = 7         # change it when what is measured changes
-PROFILE_DIR = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neo"
+# expanduser leaves "~" where there is no home: then the profile cannot be saved, and that is said
+PROFILE_DIR = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "neo"
 
 
 # ------------------------------------------------------------- what the GPU has room for

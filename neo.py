@@ -151,7 +151,10 @@ class LLM:
         Raises ValueError if it can never be served. Requests in flight are not touched.
         """
         params = params or SamplingParams()
-        ids = self.check_prompt(prompt, params)
+        return self.add_checked(self.check_prompt(prompt, params), params, request_id)
+
+    def add_checked(self, ids, params, request_id=None):
+        """`add_request` for what `check_prompt` has returned."""
         request_id = self.num_added if request_id is None else request_id
         if request_id in self.outputs:
             raise ValueError(f"request id {request_id!r} is in flight already")
@@ -332,7 +335,7 @@ class LLM:
         outs = []
         try:
             for prompt, p in zip(ids, params, strict=True):
-                outs.append(self.outputs[self.add_request(prompt, p)])
+                outs.append(self.outputs[self.add_checked(prompt, p)])
             with tqdm(total=len(outs), desc="generate", unit="req", disable=None,
                       leave=False) as bar:
                 while any(out.finish_reason is None for out in outs):

@@ -20,7 +20,7 @@ numbers only, except the logits that the simulated model returns. Tested in test
 """
 import contextlib
 import json
-import os
+import uuid
 import warnings
 from bisect import bisect_left
 from dataclasses import dataclass, fields, replace
@@ -187,7 +187,9 @@ class Profile(PerfModel):
         return a + b * n_bytes
 
 
-POINT_KINDS = "linear", "lm_head", "prefill", "gpu_decode", "cpu_decode", "transfer"
+# Numbers of a point of each kind: ms, and what it depends on
+POINT_KINDS = {"linear": 2, "lm_head": 2, "prefill": 2, "gpu_decode": 2, "cpu_decode": 3,
+               "transfer": 2}
 
 
 def load_profile(path, key):
@@ -196,22 +198,31 @@ def load_profile(path, key):
     try:
         saved = json.loads(path.read_text())
         points = saved["points"] if saved["key"] == key else None
-        if points is not None and not all(isinstance(p, list) for kind in POINT_KINDS
-                                          for p in points[kind]):
-            raise ValueError("points are missing")
+        if points is not None:
+            _check_points(points)
         return points
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         warnings.warn(f"the profile {path} cannot be used ({type(error).__name__}: {error}): it is "
                       "measured again", stacklevel=2)
         return None
 
 
+def _check_points(points):
+    for kind, width in POINT_KINDS.items():
+        for point in points[kind]:
+            if len(point) != width or not point[-1] or not all(
+                    type(x) in (int, float) and 0 <= x < float("inf") for x in point):
+                raise ValueError(f"{kind}: {point!r:.60} is no point")
+    if not points["linear"] or not points["lm_head"]:
+        raise ValueError("points are missing")
+
+
 def save_profile(path, key, points):
     """Write points, and the key that tells when they hold: all of it or nothing. Without a place to
     write it warns."""
-    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary = path.with_suffix(f".{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps({"key": key, "points": points}))

@@ -110,6 +110,7 @@ class RequestOutput:
     top_logprobs: list = field(default_factory=list)        # of each token: [(id, logprob)]
     num_exempt: int = 0            # characters that stop strings are not searched in (min_tokens)
     rng: random.Random = field(default=None, repr=False)    # its own, if it samples
+    prompt_index: object = field(default=None, repr=False)  # ids of the prompt, once sampling asks
     decoder: object = field(default=None, repr=False)       # tokens -> text, with a tokenizer
 
     @property

@@ -54,7 +54,9 @@ def change_logits(x, out):
     def index(ids):
         return torch.tensor(ids, dtype=torch.long, device=x.device)
     if p.repetition_penalty != 1:       # of every token seen, in the prompt too
-        seen = index(list({*r.prompt, *r.output}))
+        if out.prompt_index is None:
+            out.prompt_index = index(list(set(r.prompt)))
+        seen = torch.cat((out.prompt_index, index(r.output)))
         x[seen] = torch.where(x[seen] > 0, x[seen] / p.repetition_penalty,
                               x[seen] * p.repetition_penalty)
     if r.output and (p.presence_penalty or p.frequency_penalty):
@@ -85,11 +87,12 @@ def draw(logits, params, numbers):
     before = probs.cumsum(-1) - probs                                   # mass of likelier tokens
     rank = torch.arange(V, device=x.device)
     kept = probs * ((rank < top_k) & (before < top_p))
-    mass = torch.zeros_like(kept).scatter_(1, order, kept).cumsum(-1)   # in order of token ids
-    total = mass[:, -1:]
-    reached = (mass <= column(numbers) * total).sum(-1)
-    last = (mass < total).sum(-1)           # the last token that adds mass
-    return torch.minimum(reached, last).tolist()
+    kept = torch.zeros_like(kept).scatter_(1, order, kept)              # in order of token ids
+    mass = kept.cumsum(-1)
+    # Not a search in `mass`: sums that a GPU makes in parallel may fall by a rounding error.
+    hit = (mass > column(numbers) * mass[:, -1:]) & (kept > 0)
+    first, last = hit.byte().argmax(-1), V - 1 - (kept > 0).flip(-1).byte().argmax(-1)
+    return torch.where(hit.any(-1), first, last).tolist()       # no hit: a number rounded to 1
 
 
 def _add_logprobs(logits, tokens, outs):

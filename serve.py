@@ -17,7 +17,7 @@ from functools import partial
 
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -83,7 +83,7 @@ class Routes:
                 limits = body.max_completion_tokens, body.max_tokens, self.llm.max_request_len
                 body.max_tokens = next(n for n in limits if n is not None)
             samples = body.params()
-            prompts, ids = await loop.run_in_executor(
+            ids, echo = await loop.run_in_executor(
                 self.tokenizing, self.token_ids, body, samples[0])
             stream = self.engine.submit([p for p in ids for _ in samples], samples * len(ids),
                                         bool(body.stream))
@@ -93,10 +93,7 @@ class Routes:
             return error_response(refusal.status, refusal, headers=refusal.headers)
         except ValueError as error:
             return error_response(400, error)
-        echo = None
-        if kind is Completion and body.echo:
-            echo = [self.as_text(p) for p in prompts for _ in samples]
-        reply = Reply(body, self.llm.name, self.llm.tokenizer, echo)
+        reply = Reply(body, self.llm.name, self.llm.tokenizer, [t for t in echo for _ in samples])
         if body.stream:
             return StreamingResponse(self.events(stream, reply), media_type="text/event-stream")
         leaving = asyncio.create_task(self.drop_if_client_leaves(stream, http))
@@ -110,13 +107,16 @@ class Routes:
             return PlainTextResponse("", 499)       # nobody reads it
         if stream.error:
             return error_response(503, stream.error)
-        return JSONResponse(reply.whole(stream.outs))
+        text = await loop.run_in_executor(self.tokenizing, reply.whole, stream.outs)
+        return Response(text, media_type="application/json")
 
     def token_ids(self, body, params):
-        """The prompts of a body, and the token ids of each. Runs in a thread, because it would
-        block the event loop."""
+        """(token ids of each prompt of a body, the texts to echo). Runs in a thread, because it
+        would block the event loop."""
         prompts = body.prompts(self.template)
-        return prompts, [self.llm.check_prompt(prompt, params) for prompt in prompts]
+        ids = [self.llm.check_prompt(prompt, params) for prompt in prompts]
+        echoes = isinstance(body, Completion) and body.echo
+        return ids, [self.as_text(prompt) for prompt in prompts] if echoes else []
 
     def as_text(self, prompt):
         if isinstance(prompt, str):

@@ -56,7 +56,8 @@ from perfmodel import (
 )
 from plan import Plan
 from queues import Captures
-from sampling import draw, sample
+from request import RequestOutput
+from sampling import change_logits, draw, sample
 from scheduler import MAX_RUNNING, Batch, Request, Scheduler, StrategyError
 from strategies import STRATEGIES, strategy
 
@@ -549,12 +550,15 @@ def test_rope_config_of_older_transformers(rope, tmp_path):
         (dict(rope_scaling={"type": "llama3", "factor": 8.0}), "low_freq_factor = None"),
         (dict(rope_theta=0), "config.json: rope_theta = 0"),
         (dict(rope_parameters={"full": {"rope_type": "default"}}), "layer to layer"),
-        (dict(num_hidden_layers="4"), "n_layer = '4'"),
-        (dict(hidden_size=None), "config.json: .*wrong type"),
-        (dict(num_attention_heads=0), "config.json"),
+        (dict(rope_scaling="llama3"), "rope_scaling = 'llama3': must be a JSON object"),
+        (dict(num_hidden_layers="4"), "config.json: num_hidden_layers = '4'"),
+        (dict(hidden_size=None), "config.json: it lacks hidden_size"),
+        (dict(num_attention_heads=0), "config.json: num_attention_heads = 0"),
+        (dict(num_key_value_heads=0), "config.json: num_key_value_heads = 0"),
+        (dict(rms_norm_eps="small"), "config.json: rms_norm_eps = 'small'"),
         (dict(vocab_size=3.5), "vocab_size = 3.5"),
-        (dict(tie_word_embeddings="false"), "tie_embeddings = 'false'"),
-        (dict(eos_token_id="2"), "eos_ids"),
+        (dict(tie_word_embeddings="false"), "tie_word_embeddings = 'false'"),
+        (dict(eos_token_id="2"), "eos_token_id"),
         (dict(num_key_value_heads=3), "multiple of 3"),
     ],
 )
@@ -620,12 +624,15 @@ def test_a_model_of_one_layer_starts(checkpoints, tmp_path):
 
 def test_a_damaged_or_unwritable_profile_is_measured_again(tmp_path, monkeypatch):
     path, key = tmp_path / "neo" / "profile.json", {"device": "x"}
-    points = {kind: [[1, 2.0]] for kind in POINT_KINDS}
+    points = {kind: [[1] * (width - 1) + [2.0]] for kind, width in POINT_KINDS.items()}
     save_profile(path, key, points)
     assert load_profile(path, key) == points and load_profile(path, {"device": "y"}) is None
     whole = path.read_bytes()
-    for damaged in (b"", b"\xff\xfe", b"[]", b"{}", whole[: len(whole) // 2],
-                    whole.replace(b"lm_head", b"lm_hand")):
+    for damaged in (b"", b"\xff\xfe", b"[]", b"{}", whole[: len(whole) // 2], b"[" * 100_000,
+                    whole.replace(b"lm_head", b"lm_hand"), whole.replace(b"[1, 2.0]", b"[]"),
+                    whole.replace(b"2.0", b'"x"'), whole.replace(b"2.0", b"NaN"),
+                    whole.replace(b"2.0", b"0"), whole.replace(b"[[1, 2.0]]", b"[]"),
+                    whole.replace(b"[[1, 2.0]]", b"[3]")):
         path.write_bytes(damaged)
         with pytest.warns(UserWarning, match="profile.json cannot be used"):
             assert load_profile(path, key) is None
@@ -1091,6 +1098,32 @@ def test_a_seed_draws_the_same_where_rounding_swaps_two_logits(tiny):
     numbers = [(i + 0.5) / len(rows) for i in range(len(rows))]
     a, b = draw(rows, params, numbers), draw(swapped, params, numbers)
     assert sum(x != y for x, y in zip(a, b)) <= 1       # a number may lie on a token's edge
+
+
+def test_the_smallest_and_the_largest_number_draw_tokens_that_are_kept():
+    logits = torch.tensor([[-9e9, 2.0, 1.0, 0.0, -9e9]]).expand(3, 5)
+    params = [SamplingParams(temperature=1.0, top_k=k) for k in (2, 0, 2)]
+    assert draw(logits, params, [0.0, 1 - 2**-53, 1 - 2**-53]) == [1, 3, 2]
+
+
+def test_penalties_against_plain_python():
+    rng = random.Random(0)
+    params = SamplingParams(8, temperature=1.0, repetition_penalty=1.7, presence_penalty=0.5,
+                            frequency_penalty=0.25, logit_bias={3: 2.0}, min_tokens=5,
+                            stop_token_ids=[4])
+    request = Request(0, [1, 2, 2, 5], 8, frozenset([4]))
+    out = RequestOutput(request, params)
+    for token in (5, 6, 5):                 # the output grows, the prompt does not
+        row = [rng.gauss(0, 1) for _ in range(9)]
+        x, output = torch.tensor(row), request.output
+        change_logits(x, out)
+        for t in range(9):
+            if t in request.prompt or t in output:
+                row[t] = row[t] / 1.7 if row[t] > 0 else row[t] * 1.7
+            row[t] -= 0.25 * output.count(t) + 0.5 * (t in output) - 2.0 * (t == 3)
+        row[4] = float("-inf")
+        assert x.tolist() == pytest.approx(row, rel=1e-5)
+        output.append(token)
 
 
 def test_sampling_filters():

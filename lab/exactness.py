@@ -46,13 +46,15 @@ def random_checkpoint(rng, folder):
 
 def load(folder):
     import transformers
-    return transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    hf = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    hf.generation_config.eos_token_id = None    # no end: min_new_tokens would forbid its id
+    return hf
 
 
 def generate(hf, prompts, n):
     """What transformers continues each prompt with, n tokens, one prompt at a time: padding would
     change its sums."""
-    return [hf.generate(torch.tensor([p]), max_new_tokens=n, min_new_tokens=n, do_sample=False,
+    return [hf.generate(torch.tensor([p]), max_new_tokens=n, do_sample=False,
                         pad_token_id=0)[0, len(p):].tolist() for p in prompts]
 
 

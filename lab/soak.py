@@ -159,8 +159,13 @@ def main(argv=None):
         end = asyncio.run(storm.run(every=min(60.0, 20 * args.minutes)))
     except KeyboardInterrupt:
         end = "interrupted"
-    server.send_signal(signal.SIGTERM)
-    code = server.wait(60)
+    finally:                        # also if the storm itself fails: no server stays behind
+        server.send_signal(signal.SIGTERM)
+        try:
+            code = server.wait(60)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            code = server.wait()
     hangs, held = storm.got["hang"], re.findall(r"'(?:gpu|cpu)': '([\d.]+)'", end)
     print(f"exit code {code}, {hangs} hangs, blocks held at the end: {', '.join(held)}; "
           f"the server's errors are in {log}")

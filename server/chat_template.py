@@ -16,8 +16,10 @@ def load_chat_template(model, tokenizer):
     function raises ValueError on messages that the template refuses, and on a prompt that has so
     many characters that it must exceed max_tokens.
     """
+    if tokenizer is None:
+        return None
     config, source = read_template(Path(model))
-    if source is None or tokenizer is None:
+    if source is None:
         return None
     try:
         from jinja2 import TemplateError
@@ -57,16 +59,25 @@ def load_chat_template(model, tokenizer):
 
 def read_template(folder):
     """(tokenizer_config.json or {}, text of the template or None)."""
-    path = folder / "tokenizer_config.json"
+    path, jinja = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     config = read_json(path) if path.is_file() else {}
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: must be a JSON object, not a {type(config).__name__}")
     source = config.get("chat_template")
-    if (folder / "chat_template.jinja").is_file():
-        source = (folder / "chat_template.jinja").read_text()
+    if jinja.is_file():
+        try:
+            source = jinja.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{jinja} is not UTF-8 ({error}): copy the file again") from None
     if isinstance(source, list):        # several templates, each with its name
-        source = next((t["template"] for t in source if t["name"] == "default"), None)
+        named = [t for t in source if isinstance(t, dict) and t.get("name") == "default"]
+        source = named[0].get("template") if named else None
+    if not isinstance(source, str | None):
+        raise ValueError(f"{path}: chat_template must be a text, not a {type(source).__name__}")
     return config, source
 
 
 def token_text(token):
-    """token: as in tokenizer_config.json, a str, {"content": str} or None."""
-    return token.get("content") if isinstance(token, dict) else token or ""
+    """token: as in tokenizer_config.json, a str, {"content": str} or None -> str."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else ""

@@ -235,7 +235,7 @@ class EngineThread(threading.Thread):
             for i, (ids, p) in enumerate(zip(prompts, params, strict=True)):
                 request_id = next(self.ids)     # known before anything is added: see _end
                 self.in_flight[request_id] = Progress(stream, i)
-                self.llm.add_request(ids, p, request_id)
+                self.llm.add_checked(ids, p, request_id)
                 stream.outs[i] = self.llm.outputs[request_id]
         except BaseException as error:
             log(error)

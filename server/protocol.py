@@ -6,6 +6,7 @@ top of a body with one warning per name. Refuses to know routes and how requests
 Test: pytest server
 """
 import contextlib
+import json
 import sys
 import time
 import uuid
@@ -17,6 +18,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 from pydantic_core import from_json
 
+from checkpoint import token_name
 from neo import SamplingParams
 from request import MAX_TOP_LOGPROBS
 
@@ -151,7 +153,11 @@ class Message(Strict):
             raise ValueError("messages: content must be a string or a list of "
                              '{"type": "text", "text": ...}')
         text = "".join(part["text"] for part in parts) if parts else self.content or ""
-        return self.model_dump(exclude_none=True) | {"content": text}
+        message = self.model_dump(exclude_none=True) | {"content": text}
+        message["tool_calls"] = [with_parsed_arguments(call) for call in self.tool_calls or []]
+        if not message["tool_calls"]:       # templates ask whether the key is there
+            del message["tool_calls"]
+        return message
 
 
 class Chat(Common):
@@ -169,6 +175,17 @@ class Chat(Common):
     def prompts(self, template):
         """All messages as one prompt, [token ids]. template: see chat_template.py."""
         return [template([m.for_template() for m in self.messages])]
+
+
+def with_parsed_arguments(call):
+    """A tool call whose arguments are a dict, as templates expect them; clients send JSON text."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        return call | {"function": function | {"arguments": from_json(function["arguments"])}}
+    except ValueError:                      # a model wrote it: it stays a text
+        return call
 
 
 def is_token_ids(value):
@@ -233,14 +250,14 @@ class Reply:
     """The JSON that answers one body.
 
     tokenizer  names the tokens beside their log-probabilities; None: their ids are the names
-    echo       texts that stand before the outputs, one for each; or None
+    echo       texts that stand before the outputs, one for each; or none at all
     """
 
-    def __init__(self, body, model, tokenizer, echo=None):
+    def __init__(self, body, model, tokenizer, echo=()):
         self.body, self.tokenizer, self.is_chat = body, tokenizer, isinstance(body, Chat)
         self.wants_usage = body.stream_options and body.stream_options.include_usage
         self.begun = set()              # indices of the outputs whose chat has named its role
-        self.echo = dict(enumerate(echo or ()))     # what has not been sent of it
+        self.echo = dict(enumerate(echo))     # what has not been sent of it
         prefix, kind = "cmpl", "text_completion"
         if self.is_chat:
             prefix, kind = "chatcmpl", "chat.completion"
@@ -250,9 +267,14 @@ class Reply:
                        "model": model, "object": kind}
 
     def whole(self, outs):
-        """The answer that is not streamed, from RequestOutputs."""
+        """The answer that is not streamed, from RequestOutputs, as JSON text.
+
+        Log-probabilities make it megabytes, so a thread of its own calls this. `iterencode` is
+        Python, which lets the engine have the GIL in between; `json.dumps` does not.
+        """
         choices = [self.choice(i, out) for i, out in enumerate(outs)]
-        return self.header | {"choices": choices, "usage": self.usage(outs)}
+        answer = self.header | {"choices": choices, "usage": self.usage(outs)}
+        return "".join(json.JSONEncoder().iterencode(answer))
 
     def chunk(self, delta):
         return self.header | {"choices": [self.choice(delta.index, delta)]}
@@ -283,8 +305,10 @@ class Reply:
             return None
         names, tops = [self.name(t) for t in part.token_ids], part.top_logprobs
         if not self.is_chat:
-            # reversed, so that of two tokens with the same text the likelier one stays
-            likeliest = [{self.name(t): p for t, p in reversed(top)} for top in tops] or None
+            # reversed, so that of two tokens with the same text the likelier one stays;
+            # the chosen token is always among them
+            likeliest = [{name: p} | {self.name(t): q for t, q in reversed(top)}
+                         for name, p, top in zip(names, part.logprobs, tops, strict=False)] or None
             return {"tokens": names, "token_logprobs": part.logprobs,
                     "top_logprobs": likeliest if self.body.logprobs else None,
                     "text_offset": None}
@@ -296,7 +320,7 @@ class Reply:
             for name, p, top in zip(names, part.logprobs, tops, strict=False)]}
 
     def name(self, token):
-        return self.tokenizer.decode([token]) if self.tokenizer else str(token)
+        return token_name(self.tokenizer, token) if self.tokenizer else str(token)
 
 
 def error_json(status, message, code=None):

@@ -135,7 +135,7 @@ def check_books(llm):
             assert r.tier == tier and len(llm.kv.sequences[r.id].blocks) <= r.num_blocks
 
 
-@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "gpu-whole"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_fault_costs_at_most_the_requests_of_its_step(strategy, text_models):
     rng = random.Random(strategy)
     llm = LLM(str(text_models["tokenizers"]), strategy, **TIGHT)
@@ -162,9 +162,9 @@ def test_a_fault_costs_at_most_the_requests_of_its_step(strategy, text_models):
         else:
             llm.step()
 
-    while faults < NUM_FAULTS // (len(STRATEGIES) - 1) or live:
+    while faults < NUM_FAULTS // len(STRATEGIES) or live:
         steps += 1
-        if faults >= NUM_FAULTS // (len(STRATEGIES) - 1):
+        if faults >= NUM_FAULTS // len(STRATEGIES):
             injector.disarm()
             act = llm.step
         elif steps % 2 and (not injector.armed or steps % 16 == 1):     # its line may not run again
@@ -198,7 +198,8 @@ def test_a_fault_costs_at_most_the_requests_of_its_step(strategy, text_models):
             else:
                 assert steps - born[i] < MOST_STEPS, f"{out} hangs; {injector.hit}"
     assert not llm.outputs and llm.scheduler.num_free == llm.scheduler.num_blocks
-    assert right > faults / 8 and len(injector.hit) > 30, (right, injector.hit)
+    # gpu-whole has every decode in each step, so a fault there leaves few to survive
+    assert right > faults / 25 and len(injector.hit) > min(30, faults / 10), (right, injector.hit)
 
 
 def test_every_call_ends_with_an_answer(text_models):

@@ -30,6 +30,7 @@ import serve  # noqa: E402
 from server import guard  # noqa: E402
 from server.chat_template import load_chat_template  # noqa: E402
 from server.engine_thread import EngineThread  # noqa: E402
+from server.protocol import Message  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(device="cpu", dtype="fp32", gpu_blocks=26, cpu_mem=0.001, max_model_len=400)
@@ -366,6 +367,24 @@ def test_a_step_that_fails_costs_its_requests_alone():
         assert server.get("/health").status_code == 200 and nothing_held(llm)
 
 
+def test_a_log_that_cannot_be_written_hurts_nobody(monkeypatch):
+    """The disk is full, or the terminal is gone: a failing step still costs its requests alone."""
+    class Full:
+        def write(self, text):
+            raise OSError("no space left on device")
+        flush = write
+    llm = LLM("tiny", "gpu-only", **SMALL)
+    with running(llm) as server:
+        body = {"prompt": [1] * 3, "max_tokens": 4, "ignore_eos": True}
+        run = llm.model.run
+        monkeypatch.setattr(sys, "stderr", Full())
+        llm.model.run = None
+        assert server.post(body).status_code == 503
+        llm.model.run = run
+        assert server.post(body | {"unheard_of": 1}).status_code == 200
+        assert nothing_held(llm)
+
+
 def test_what_may_be_read_without_the_key():
     """/health alone, which says nothing but its state; the scheme has no case; HEAD works."""
     with running(LLM("tiny", "gpu-only", **SMALL), api_key="s3cret") as server:
@@ -663,6 +682,11 @@ def test_top_logprobs_and_echo(text_server):
     for entry in reply.choices[0].logprobs.content:
         assert len(entry.top_logprobs) == 2
         assert entry.top_logprobs[0].token == entry.token
+    drawn = text_server.post(ask | {"logprobs": 1, "temperature": 1e4, "max_tokens": 20})
+    found = drawn.json()["choices"][0]["logprobs"]
+    for name, p, top in zip(found["tokens"], found["token_logprobs"], found["top_logprobs"]):
+        assert name in top and len(top) <= 2        # the chosen token, likely or not
+        assert top[name] == pytest.approx(p) or max(top.values()) > p
 
 
 def test_penalties_biases_and_ends(server):
@@ -693,6 +717,33 @@ def test_messages_as_the_openai_package_dumps_them(text_server):
         {"type": "text", "text": "again", "cache_control": {"type": "ephemeral"}}]},
         {"role": "assistant", "reasoning_content": "hm", "content": None}]
     assert chat.create(messages=messages, **ask).choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("given, wanted", [('{"x": 1}', {"x": 1}), ("{x", "{x"), (None, None)])
+def test_templates_get_the_arguments_of_tool_calls_as_objects(given, wanted):
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": given}}
+    message = Message(role="assistant", tool_calls=[call])
+    assert message.for_template()["tool_calls"][0]["function"]["arguments"] == wanted
+    assert call["function"]["arguments"] == given
+    assert "tool_calls" not in Message(role="assistant", tool_calls=[]).for_template()
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("tokenizer_config.json", b"[]", "must be a JSON object"),
+    ("tokenizer_config.json", b"{", "not valid JSON"),
+    ("tokenizer_config.json", b'{"chat_template": 5}', "must be a text, not a int"),
+    ("tokenizer_config.json", b'{"chat_template": [1, {"template": "x"}]}', None),
+    ("tokenizer_config.json", b'{"chat_template": "x", "bos_token": 5}', None),
+    ("tokenizer_config.json", b'{"chat_template": "{{"}', "not one that jinja2 reads"),
+    ("chat_template.jinja", b"\xff\xfe", "not UTF-8")])
+def test_a_damaged_chat_template_is_said_by_its_file(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    if message is None:
+        load_chat_template(str(tmp_path), object())
+        return
+    with pytest.raises(ValueError, match=message) as error:
+        load_chat_template(str(tmp_path), object())
+    assert str(tmp_path) in str(error.value)
 
 
 @pytest.mark.parametrize("content, status", [
