@@ -53,9 +53,9 @@ def load(folder):
 
 def generate(hf, prompts, n):
     """What transformers continues each prompt with, n tokens, one prompt at a time: padding would
-    change its sums."""
-    return [hf.generate(torch.tensor([p]), max_new_tokens=n, do_sample=False,
-                        pad_token_id=0)[0, len(p):].tolist() for p in prompts]
+    change its sums. Without the mask it would leave out the prompt's tokens of id 0, as padding."""
+    return [hf.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)), max_new_tokens=n,
+                        do_sample=False, pad_token_id=0)[0, len(p):].tolist() for p in prompts]
 
 
 def compare(folder, hf, rng, counts):
@@ -66,12 +66,15 @@ def compare(folder, hf, rng, counts):
     want, num_tokens, num_wrong = generate(hf, prompts, NUM_OUT), 0, 0
     kv_bytes = 2 * 4 * hf.config.num_hidden_layers * hf.config.num_key_value_heads * \
         (hf.config.head_dim or hf.config.hidden_size // hf.config.num_attention_heads)
+    # An end that never comes: then no length is known, and requests outgrow a tier.
+    unused = sorted(set(range(V)) - {t for tokens in want for t in tokens})[:1]
+    params = SamplingParams(NUM_OUT, ignore_eos=True, stop_token_ids=unused)
     for strategy in STRATEGIES:
         blocks = rng.randrange(9, 20)
         llm = LLM(str(folder), strategy, device="cpu", dtype="fp32", gpu_blocks=blocks,
                   cpu_mem=1.02 * blocks * 16 * kv_bytes / 2 ** 30, max_model_len=112,
                   max_batch_tokens=rng.choice((16, 33, 64, 500)))
-        outs = llm.generate(prompts, SamplingParams(NUM_OUT, ignore_eos=True))
+        outs = llm.generate(prompts, params)
         counts.update({name: llm.stats()[name] for name in COUNTED})
         for out, tokens in zip(outs, want, strict=True):
             num_tokens += len(tokens)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import workload
-from lab import cpu_limits, figures, gpu_limits, load_latency, simulator_check
+from lab import cpu_limits, exactness, figures, gpu_limits, load_latency, simulator_check
 from neo import LLM, SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +22,20 @@ ROOT = Path(__file__).resolve().parent.parent
 SIZES = dict(gpu_blocks=8, cpu_mem=0.01, max_model_len=64)
 TINY = ["--model", "tiny", "--device", "cpu", "--gpu-blocks", "8", "--cpu-mem", "0.01",
         "--max-model-len", "64"]
+
+
+def test_exactness_finds_no_difference_and_would_find_one(capsys, monkeypatch):
+    pytest.importorskip("transformers")
+    with pytest.raises(SystemExit, match="0"):
+        exactness.main(["--num-tokens", "1", "--seed", "1"])
+    out = capsys.readouterr().out
+    assert "3200 tokens compared, 0 differ" in out and "preemptions 0" not in out
+    generate = exactness.generate
+    monkeypatch.setattr(exactness, "generate",
+                        lambda *args: [t[:-1] + [-1] for t in generate(*args)])
+    with pytest.raises(SystemExit, match="1"):
+        exactness.main(["--num-tokens", "1", "--seed", "1"])
+    assert "80 differ" in capsys.readouterr().out       # 16 prompts, 5 strategies
 
 
 # ------------------------------------------------------------------------------ load-latency
