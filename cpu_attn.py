@@ -10,20 +10,29 @@ of V's rows. A second pass merges the items of each sequence:
     sequence 0  | item 0: tokens 0..511 | item 1: 512..1023 | item 2: 1024..1100 |
     merge       out = sum_i w_i o_i / sum_i w_i l_i      with w_i = 2^(m_i - max_j m_j)
 
-There are two paths: `dot` for bf16 on AVX512-BF16 (kernels/cpu_tiles.py; it rounds q and the
-weights to bf16), and `portable`, plain loops that LLVM vectorises, for any dtype, in float32.
+There are three paths. Two are tiles of vector code (kernels/cpu_tiles.py): `dot` for bf16 on
+AVX512-BF16, which rounds q and the weights to bf16, and `fma`, in float32, for any dtype on
+processors with AVX2, AVX-512 or NEON. `portable`, plain loops, serves what no tile does.
 
 Knows nothing of torch, requests or policy. Glossary of symbols: model.py.
 
     python -m pytest kernels/test_kernels.py -k "cpu_attention or store_kv"
 """
 import threading
+import warnings
 
 import numba
 import numpy as np
 from numba import njit, prange
 
-from kernels.cpu_tiles import HAS_DOT, LOG2E, TILE_HEADS, dot_item, finish
+from kernels.cpu_tiles import (
+    HERE,
+    LOG2E,
+    TILE_HEADS,
+    dot_item,
+    finish,
+    fma_item,
+)
 
 # Numba's own "workqueue" takes 130 us for a launch, and two threads must not launch at once.
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
@@ -32,7 +41,9 @@ CHUNK = 512         # tokens of a work item, at most: its scores stay in L2
 BF16, FP16, FP32 = 0, 1, 2
 DTYPE_CODES = {"bf16": BF16, "fp16": FP16, "fp32": FP32}
 FAST = {"reassoc", "contract", "nsz", "arcp"}  # lets LLVM vectorise sums; inf and NaN stay right
-PATHS = ("dot", "portable") if HAS_DOT else ("portable",)
+PORTABLE, FMA, DOT = 0, 1, 2
+PATH_CODES = {"portable": PORTABLE, "fma": FMA, "dot": DOT}
+PATHS = ("dot",) * HERE.has_dot + ("fma",) * bool(HERE.kinds) + ("portable",)
 
 
 # ---- the reference
@@ -69,13 +80,13 @@ def paged_decode_reference(q, k_cache, v_cache, block_table, seq_lens, scale, dt
 
 @njit(inline="always")
 def _widen(dst, src, code):
-    """src [D] uint16 or uint32 bits -> dst [D] float32; code: BF16, FP16 or FP32."""
+    """src [D] bits, of the type in BITS -> dst [D] float32; code: BF16, FP16 or FP32."""
     if code == BF16:                           # bf16 is the upper half of a float32
         for d in range(dst.size):
             dst[d] = np.uint32(np.uint32(src[d]) << np.uint32(16)).view(np.float32)
     elif code == FP16:                         # put exponent and mantissa in place, then correct
         for d in range(dst.size):              # the exponent's bias: 2^(127-15) = 2^112, exactly
-            x = np.uint32(src[d])
+            x = np.uint32(np.uint16(src[d]))
             f = np.uint32((x & np.uint32(0x7FFF)) << np.uint32(13)).view(np.float32)
             f *= np.float32(2.0 ** 112)
             dst[d] = -f if x & np.uint32(0x8000) else f
@@ -124,7 +135,7 @@ def _item_portable(q, k_cache, v_cache, blocks, n, scale, code, weights, row, o,
 
 
 @njit
-def _merge(r, first, part_o, part_max, part_sum, out, G, P, dot):
+def _merge(r, first, part_o, part_max, part_sum, out, G, P, path):
     """Row r = (sequence, head) of out, from the items of its sequence: groups of G padded to P."""
     b, h = r // out.shape[1], r % out.shape[1]
     g, D = h // G * P + h % G, out.shape[2]
@@ -133,11 +144,11 @@ def _merge(r, first, part_o, part_max, part_sum, out, G, P, dot):
         top = max(top, part_max[i, g])
     for i in range(first[b], first[b + 1]):
         total += np.exp2(part_max[i, g] - top) * part_sum[i, g]
-    if not dot:
+    if path != DOT:
         out[b, h] = 0
     for i in range(first[b], first[b + 1]):
         w = np.exp2(part_max[i, g] - top) / total
-        if dot:
+        if path == DOT:
             finish(out.ctypes.data + r * D * 4,
                    part_o.ctypes.data + (i * part_o.shape[1] + g) * D * 4, w, D, i - first[b])
         else:
@@ -147,14 +158,15 @@ def _merge(r, first, part_o, part_max, part_sum, out, G, P, dot):
 
 @njit(parallel=True, nogil=True, cache=True)
 def _decode(q, k_cache, v_cache, block_table, seq_lens, out, scale,      # inputs and the output
-            code, T, threads, chunk, first,                              # geometry
-            q_bf16, scores, weights, part_o, part_max, part_sum):        # scratch
+            code, path, T, threads, chunk, first,                        # geometry
+            q_rows, scores, weights, part_o, part_max, part_sum):        # scratch
     """Deal out the items, then merge them.
 
-    T       heads of a tile; 0: the portable path
+    path    PORTABLE, FMA or DOT
+    T       heads of a tile
     chunk   tokens of an item
     first   [B + 1]: sequence b has the items first[b] .. first[b + 1] - 1
-    q_bf16, scores and weights have a row for each thread, part_o, part_max, part_sum for each item.
+    q_rows, scores and weights have a row for each thread, part_o, part_max, part_sum for each item.
     """
     B, H, D = q.shape
     bs, G = k_cache.shape[2], H // k_cache.shape[1]
@@ -169,23 +181,23 @@ def _decode(q, k_cache, v_cache, block_table, seq_lens, out, scale,      # input
                 n, item = min(chunk, seq_lens[b] - t), first[b] + t // chunk
                 if done * threads // total == thread:
                     blocks = block_table[b, t // bs:]
-                    if T:
-                        dot_item(
-                            q[b], k_cache, v_cache, blocks, n, scale, T, q_bf16[thread],
-                            scores[thread], weights[thread],
-                            part_o[item], part_max[item], part_sum[item])
+                    o, maxima, sums = part_o[item], part_max[item], part_sum[item]
+                    if path == PORTABLE:
+                        _item_portable(q[b], k_cache, v_cache, blocks, n, scale, code,
+                                       scores[thread], scores[thread, H, :D], o, maxima, sums)
+                    elif path == DOT:
+                        dot_item(q[b], k_cache, v_cache, blocks, n, scale, T, q_rows[thread],
+                                 scores[thread], weights[thread], o, maxima, sums)
                     else:
-                        _item_portable(
-                            q[b], k_cache, v_cache, blocks, n, scale, code,
-                            scores[thread], scores[thread, H, :D],
-                            part_o[item], part_max[item], part_sum[item])
+                        fma_item(q[b], k_cache, v_cache, blocks, n, scale, T, q_rows[thread],
+                                 scores[thread], weights[thread], o, maxima, sums)
                 done += n
     if B * H * D < 1 << 16 and first[B] == B:  # little to merge: not worth a second launch
         for r in range(B * H):
-            _merge(r, first, part_o, part_max, part_sum, out, G, P, T > 0)
+            _merge(r, first, part_o, part_max, part_sum, out, G, P, path)
     else:
         for r in prange(B * H):
-            _merge(r, first, part_o, part_max, part_sum, out, G, P, T > 0)
+            _merge(r, first, part_o, part_max, part_sum, out, G, P, path)
 
 
 @njit(parallel=True, nogil=True, cache=True)
@@ -243,7 +255,7 @@ class _Workspace(threading.local):
         width = max(chunk, D) + 16
         if self.shape != shape:
             self.shape = self.parts = None      # an error leaves no scratch of another shape
-            self.scratch = (_empty((threads, heads, D), np.uint16),
+            self.scratch = (_empty((threads, heads, D), np.float32),
                             _empty((threads, heads + 1, width), np.float32),
                             _empty((threads, heads, width), np.uint16))
             self.shape = shape
@@ -267,8 +279,12 @@ _workspace = _Workspace()
 
 # ---- the functions
 
-def _bits(x):
-    return x.view(np.uint32) if x.dtype == np.float32 else x
+# Numba compiles for the type of the bits, so that each dtype of a cache has its own code.
+BITS = {"bf16": np.uint16, "fp16": np.int16, "fp32": np.uint32}
+
+
+def _bits(x, dtype):
+    return x.view(BITS["fp32" if x.dtype == np.float32 else dtype])
 
 
 def _require(name, x, dtypes, shape):
@@ -301,8 +317,39 @@ def _require_decode(q, k_cache, v_cache, block_table, seq_lens, out, dtype, path
 
 def fastest_path(dtype, head_dim, block_size):
     """The default path of `paged_decode`; dtype: "bf16", "fp16" or "fp32"."""
-    fits = dtype == "bf16" and head_dim % 32 == 0 and block_size % 16 == 0
-    return "dot" if HAS_DOT and fits else "portable"
+    return next(path for path in PATHS if serves(path, dtype, head_dim, block_size))
+
+
+def serves(path, dtype, head_dim, block_size):
+    """Can a path of this processor compute this?"""
+    if path == "portable":
+        return True
+    kinds, dims = (("bf16",), 32) if path == "dot" else (HERE.kinds, HERE.lanes)
+    return dtype in kinds and head_dim % dims == 0 and block_size % 16 == 0
+
+
+def choose_path(name, dtype, head_dim, block_size):
+    """The path of `paged_decode` for the option cpu_attn = name, "auto" or one of PATHS. Raises
+    ValueError on one that this processor does not have, or that does not serve the rest."""
+    if name == "auto":
+        path = fastest_path(dtype, head_dim, block_size)
+        if path == "portable" and HERE.kinds:
+            warnings.warn(f"no tile of CPU attention serves {dtype}, heads of {head_dim} "
+                          f"and blocks of {block_size}: slower plain loops do", stacklevel=2)
+        return path
+    if name not in PATHS:
+        raise ValueError(f"cpu_attn {name!r}: must be auto, {' or '.join(PATHS)} (what this "
+                         "processor has)")
+    if not serves(name, dtype, head_dim, block_size):
+        raise ValueError(f"cpu_attn {name!r} does not serve {dtype}, heads of {head_dim} and "
+                         f"blocks of {block_size}: use auto")
+    return name
+
+
+def describe(path):
+    """A path in words, with the vectors that it uses here."""
+    width = {"dot": ", AVX512-BF16", "fma": f", {HERE.lanes} lanes of float32"}.get(path, "")
+    return f"Numba, {path} path{width}"
 
 
 def paged_decode(q, k_cache, v_cache, block_table, seq_lens, out, scale, dtype="bf16", path=None,
@@ -316,7 +363,8 @@ def paged_decode(q, k_cache, v_cache, block_table, seq_lens, out, scale, dtype="
     seq_lens     [B] int32, 1 or more. The new token is included: store it first
     out          [B, H, D] float32
     scale        usually 1 / sqrt(D)
-    path         "portable"; "dot" (where dtype, D and bs allow it, else portable); None: fastest
+    path         "dot", "fma" or "portable" (one of PATHS; "portable" where it does not serve the
+                 dtype, D or bs); None: the fastest
     lse          None, or [B, H] float32: receives log(sum over tokens of exp(scale q . k))
 
     Slots past a sequence's length may hold anything. Uses as many threads as the calling thread
@@ -344,15 +392,19 @@ def paged_decode(q, k_cache, v_cache, block_table, seq_lens, out, scale, dtype="
                          f"got {seq_lens.min()}..{seq_lens.max()}")
     dtype = "fp32" if k_cache.dtype == np.float32 else dtype
     G = H // Hkv
-    T, P = 0, G
-    if path != "portable" and fastest_path(dtype, D, bs) == "dot":
+    path = path or fastest_path(dtype, D, bs)
+    if not serves(path, dtype, D, bs):
+        path = "portable"
+    T, P = 1, G
+    if path != "portable":
         T = next((heads for heads in TILE_HEADS if heads >= G), TILE_HEADS[-1])
         P = -(-G // T) * T
     if q.dtype != np.float32:
         q = to_float64(q, dtype).astype(np.float32)
     scratch = ws.fit((threads, Hkv * P, D, chunk), int(ws.first[B]))
-    _decode(q, _bits(k_cache), _bits(v_cache), block_table, seq_lens, out, np.float32(scale),
-            DTYPE_CODES[dtype], T, threads, chunk, ws.first, *scratch)
+    _decode(q, _bits(k_cache, dtype), _bits(v_cache, dtype), block_table, seq_lens, out,
+            np.float32(scale), DTYPE_CODES[dtype], PATH_CODES[path], T, threads, chunk, ws.first,
+            *scratch)
     if lse is not None:
         _fill_lse(lse, ws.first[:B + 1], *scratch[4:], Hkv, G, P)
 
@@ -372,4 +424,4 @@ def store_kv(k, v, k_cache, v_cache, slots):
     _require("slots", slots, (np.int64,), (k.shape[0],))
     _require("k", k, (k_cache.dtype,), (None, k_cache.shape[1], k_cache.shape[3]))
     _require("v", v, (k_cache.dtype,), k.shape)
-    _store(_bits(k), _bits(v), _bits(k_cache), _bits(v_cache), slots)
+    _store(*[_bits(x, "bf16") for x in (k, v, k_cache, v_cache)], slots)     # no need to tell apart

@@ -149,7 +149,7 @@ def profile_points(model, kv, budget, threads):
     key = {"version": PROFILE_VERSION, "device": device_name(model.device),
            "torch": torch.__version__, "dtype": str(model.dtype),
            "kv_dtypes": [str(dtype) for dtype in budget.kv_dtypes.values()], "threads": threads,
-           "attention": model.describe_attention(budget.block_size),
+           "attention": model.describe_attention(),
            "geometry": [cfg.n_layer, cfg.n_head, cfg.n_kv_head, cfg.head_dim, cfg.n_embd,
                         cfg.n_ffn, cfg.vocab_size],
            # roughly, because they bound what is measured

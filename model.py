@@ -104,16 +104,18 @@ class Model:
     gpu_threads  cores of the emulated GPU (CPU device only)
     cpu_threads  cores for CPU attention
     gpu_attn     a back end of gpu_attn.py
+    cpu_path     a path of cpu_attn.paged_decode
     eager        launch every kernel by itself: no CUDA graphs
 
     Raises ValueError on a checkpoint with missing, extra or misshapen tensors, or unreadable files.
     """
 
     def __init__(self, name, cfg, dtype, cpu_dtype, device, max_len, gpu_threads, cpu_threads,
-                 gpu_attn, eager=False, seed=0):
+                 gpu_attn, cpu_path, eager=False, seed=0):
         self.cfg, self.dtype, self.device, self.cpu_threads = cfg, dtype, device, cpu_threads
         self.queue = CudaQueue() if device.type == "cuda" else ThreadQueue(gpu_threads)
         self.attn, self.ops, self.max_len = gpu_attn, gpu_attn.ops, max_len
+        self.cpu_path = cpu_path
         self.captures = None                        # made by allow_captures
         self.may_capture = gpu_attn.padded and not eager
         self.cpu_dtype, self.cpu_format = cpu_dtype, DTYPE_NAMES[cpu_dtype]
@@ -295,7 +297,8 @@ class Model:
         k_cache, v_cache = kv.cpu_k[i], kv.cpu_v[i]
         cpu_attn.store_kv(host("k")[:n], host("v")[:n], k_cache, v_cache, b.cpu_slots)
         cpu_attn.paged_decode(host("q")[:n], k_cache, v_cache, b.cpu_table, b.cpu_lens,
-                              host("o")[:n], self.cfg.head_dim ** -0.5, self.cpu_format)
+                              host("o")[:n], self.cfg.head_dim ** -0.5, self.cpu_format,
+                              self.cpu_path)
         end = time.perf_counter()
         self.cpu_spans.append(Span("cpu", "cpu_attend", i, b.index, start, end))
 
@@ -413,12 +416,12 @@ class Model:
         act = self.activations(len(b.tokens))
         return act, partial(self.linear, b, act), partial(self.attend, b, act, kv)
 
-    def describe_attention(self, block_size):
+    def describe_attention(self):
         """Which attention runs in either tier, in words."""
-        path = cpu_attn.fastest_path(self.cpu_format, self.cfg.head_dim, block_size)
         launches = ", decodes in CUDA graphs" if self.may_capture else ", launched one by one"
         launches = launches if self.device.type == "cuda" else ""
-        return f"GPU tier: {self.attn.describe()}{launches}; CPU tier: Numba, {path} path"
+        return (f"GPU tier: {self.attn.describe()}{launches}; CPU tier: "
+                f"{cpu_attn.describe(self.cpu_path)}")
 
 
 def rope_table(cfg, max_len):

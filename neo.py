@@ -19,7 +19,8 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import StreamDecoder, load_config, load_tokenizer
-from gpu_attn import choose
+from cpu_attn import choose_path
+from gpu_attn import DTYPE_NAMES, choose
 from kvcache import KVCache
 from measure import measure_gpu_blocks, profile_points, warm_up
 from model import Model
@@ -81,13 +82,15 @@ class LLM:
             self.device, options.gpu_threads, options.cpu_threads)
         self.budget = budget = plan_budget(options, tiers, cfg, self.dtype, self.device)
         attn = choose(options.gpu_attn, self.device, self.dtype)
+        cpu_path = choose_path(options.cpu_attn, DTYPE_NAMES[budget.kv_dtypes["cpu"]], cfg.head_dim,
+                               budget.block_size)
         self.tokenizer = load_tokenizer(self.name)
 
         start = time.perf_counter()
         torch.set_num_threads(cores)                        # to fill the weights
         self.model = Model(
             self.name, cfg, self.dtype, budget.kv_dtypes["cpu"], self.device, budget.max_model_len,
-            self.gpu_threads, self.cpu_threads, attn, options.eager, options.seed)
+            self.gpu_threads, self.cpu_threads, attn, cpu_path, options.eager, options.seed)
         torch.set_num_threads(self.gpu_threads or cores)    # this thread samples: the GPU idles
         self.load_seconds = time.perf_counter() - start
         self.model.allow_captures(-(-budget.max_model_len // budget.block_size))
@@ -173,10 +176,10 @@ class LLM:
         try:
             self.outputs[request_id] = out
             self.scheduler.add(request)
+            return request_id
         except BaseException:
             self._repair([request])
             raise
-        return request_id
 
     def check_prompt(self, prompt, params):
         """Token ids of a prompt that can be served. It changes nothing, so any thread may call it.
@@ -404,7 +407,7 @@ class LLM:
             f"layers, {cfg.n_head}/{cfg.n_kv_head} heads of {cfg.head_dim}; {str(self.dtype)[6:]}, "
             f"{fmt_gib(budget.weight_bytes)}: {weights}",
             f"threads    {threads}",
-            f"attention  {self.model.describe_attention(budget.block_size)}",
+            f"attention  {self.model.describe_attention()}",
             f"KV budget  {tiers}; blocks of {budget.block_size}",
             f"limits     {budget.max_model_len} tokens per request, "
             f"{budget.max_batch_tokens} prompt tokens per iteration"))

@@ -47,6 +47,9 @@ class Options:
     gpu_attn: str = option(
         "auto", str, "attention on the GPU tier: auto, or a back end of gpu_attn.py "
         "(torch, numba, triton)")
+    cpu_attn: str = option(
+        "auto", str, "attention on the CPU tier: auto, or a path of cpu_attn.py that this "
+        "processor has (dot, fma, portable)")
     eager: bool = option(False, bool, "launch every GPU kernel by itself: no CUDA graphs")
 
     @classmethod

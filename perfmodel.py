@@ -418,7 +418,7 @@ class SimulatedModel:
     def wait(self, seconds):
         self.now += seconds
 
-    def describe_attention(self, block_size):
+    def describe_attention(self):
         return "none: a simulation"
 
     def padded_rows(self, num_gpu, num_cpu):

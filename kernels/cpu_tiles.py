@@ -1,31 +1,41 @@
-"""The `dot` path of CPU attention: tiles in LLVM vector code, for processors with AVX512-BF16.
+"""Tiles of CPU attention: its inner loops in LLVM vector code, for whatever vectors there are.
 
-One `vdpbf16ps` instruction computes 32 products: it adds the products of two bf16 pairs to each
-of 16 float32 lanes. A tile takes T = 1, 2, 4 or 8 heads of one group together, so that K and V
-are read once for all of them. NAME_reference says in NumPy what the tile NAME computes:
+A tile takes T = 1, 2, 4 or 8 heads of one group together, so that K and V are read, and widened,
+once for all of them. The tiles are written once; what differs between processors and dtypes is in
+two classes of vector arithmetic:
 
-    narrow -> score -> softmax -> weigh       for a work item, see `dot_item`
+    Dot     AVX512-BF16. One `vdpbf16ps` adds the products of two bf16 pairs to each of 16 float32
+            lanes: 32 products. It rounds q and the weights to bf16
+    Fma     any processor with float32 multiply-add: AVX2 (8 lanes, 16 registers), AVX-512F
+            (16, 32), NEON (4, 32). Elements of bf16, fp16 or float32 are widened to float32 first
+
+NAME_reference says in NumPy what the tile NAME computes:
+
+    narrow -> score -> softmax -> weigh       for a work item, see `make_item`
     finish                                    when the work items of a sequence are merged
 
 Each tile is an LLVM function of its own. Inlined into one function, all of them together would
 need more registers for addresses than there are. Every cache line of K and V is prefetched AHEAD
 bytes before it is read. With T = 1 (no GQA) a block is one run of 128 KB and the processor's own
-prefetcher keeps up: there, prefetching every second line is faster.
+prefetcher keeps up: there, every second line (Dot) or none (Fma) is faster.
 
-Addresses and strides are int64 numbers of bytes. Where HAS_DOT is False the tiles are empty and
-must not be called. Numba's cache of cpu_attn.py does not notice changes here: touch cpu_attn.py
-after an edit. Knows nothing of threads, or of how work items are chosen.
+Addresses and strides are int64 numbers of bytes. Numba's cache of cpu_attn.py does not notice
+changes here: touch cpu_attn.py after an edit. Knows nothing of threads, or of how work items are
+chosen.
 
     python -m pytest kernels/test_kernels.py -k tile
 """
 import operator
+from typing import NamedTuple
 
 import numpy as np
-from llvmlite import binding
+from llvmlite import ir
 from numba import njit, types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 from kernels.llvm_code import (
+    F16,
+    F32,
     I16,
     I32,
     I64,
@@ -34,6 +44,7 @@ from kernels.llvm_code import (
     I16x32,
     I32x16,
     address,
+    assembly,
     call,
     call_function,
     equal,
@@ -46,24 +57,185 @@ from kernels.llvm_code import (
     shuffle,
     splat,
     store,
+    target_features,
+    target_machine,
     variable,
 )
 
-HAS_DOT = bool(binding.get_host_cpu_features().get("avx512bf16"))
 TILE_HEADS = 1, 2, 4, 8      # the possible T
 AHEAD = 16384                # bytes between what is prefetched and what is read
 LOG2E = np.float32(1.4426950408889634)
 
 
-def dot(acc, x, y):
-    """acc [16] float32 + the products of the bf16 pairs in x and y [16] int32."""
-    return call("llvm.x86.avx512bf16.dpbf16ps.512", acc, x, y)
+# ---- the two kinds of arithmetic
+#
+# lanes       of a float32 vector
+# sums        accumulators of a tile: what the registers hold beside its operands
+# dims        of a row of K or V in one vector, which takes `nbytes`
+# per_vector  accumulators that weighing one vector of V needs
+# wide        with T heads, vectors of V that are weighed at once
+# every       with T = 1, bytes from one prefetched line to the next; 0: none
+# shift       o has 2^shift times the bytes of the row of V that it belongs to; q: q_shift
+
+
+class Dot:
+    """Arithmetic on pairs of bf16, of two dims in `score` and of two tokens in `weigh`."""
+    lanes, sums, dims, nbytes, per_vector = 16, 16, 32, 64, 2
+    wide, every = {1: 4, 2: 4, 4: 2, 8: 1}, 128
+    shift, q_shift, weight_shift = 1, 0, 1
+
+    def __repr__(self):
+        return "dot"
+
+    def rows_together(self, T):
+        return min(T, 2)
+
+    def load(self, place):
+        return load(I32x16, place)
+
+    load_q = load
+
+    def add_product(self, acc, x, y):
+        """acc [16] float32 + the products of the bf16 pairs in x and y [16] int32."""
+        return call("llvm.x86.avx512bf16.dpbf16ps.512", acc, x, y)
+
+    def exp2(self, x, weights, T):
+        """Store the weights 2^x, x <= 0: [8 / T, T, 2] bf16. Returns them as float32 lanes."""
+        f = call("llvm.x86.avx512.mask.reduce.ps.512", x, I32(1), x, I16(-1), I32(4))
+        y = polynomial(EXP2_BF16, f)                     # f = x - floor(x)
+        y = call("llvm.x86.avx512.mask.scalef.ps.512", y, x, y, I16(-1), I32(4))
+        bits = round_bf16(y)                             # of y * 2^floor(x)
+        half = bits.emit("trunc", I16x16)
+        pairs = [(2 * j + i) * T + h for j in range(8 // T) for h in range(T) for i in range(2)]
+        store(shuffle(half, half, pairs), weights)
+        return (bits << 16).emit("bitcast", F32x16)
+
+    def num_steps(self, tokens):
+        return (tokens + 1) >> 1
+
+    def step(self, v, t, tokens, row_bytes, col, groups, weights, T):
+        """Step t of `weigh`, two tokens: the weights of each head, the vectors of V.
+
+        The rows of two tokens are interleaved: then one instruction adds a pair of tokens to 16
+        dims of o. Interleaving works within 128-bit lanes, so each 32 dims of o are in this lane
+        order: 0-3, 8-11, 16-19, 24-27, then 4-7, 12-15, 20-23, 28-31. `finish` undoes it.
+        """
+        order = [lane for k in range(0, 32, 8) for i in range(4) for lane in (k + i, 32 + k + i)]
+        row = t * 2 * row_bytes
+        # The partner of an odd final token has weight 0, but its row may hold NaN.
+        # Then the token's own row is read twice.
+        partner = equal(t * 2, tokens - 1).emit("select", row, row + row_bytes)
+
+        def vectors():
+            for i in range(groups):
+                x, y = (load(I16x32, v + r + col + 64 * i) for r in (row, partner))
+                for half in range(2):
+                    mixed = shuffle(x, y, [lane + 4 * half for lane in order])
+                    yield mixed.emit("bitcast", I32x16)
+        return [splat(load(I32, weights + t * (4 * T) + 4 * h)) for h in range(T)], vectors()
+
+
+class Fma:
+    """Arithmetic in float32. kind: "bf16", "fp16" or "fp32", the dtype of the cache."""
+    per_vector, every, weight_shift = 1, 0, 0
+
+    def __init__(self, kind, lanes, registers):
+        self.kind, self.lanes, self.dims, self.sums = kind, lanes, lanes, max(lanes, registers // 2)
+        self.nbytes = lanes * (4 if kind == "fp32" else 2)
+        self.shift = self.q_shift = 0 if kind == "fp32" else 1
+        self.wide = {T: max(1, min(8, self.sums // T)) for T in TILE_HEADS}
+        self.floats, self.ints = (ir.VectorType(kind, lanes) for kind in (F32, I32))
+
+    def __repr__(self):
+        return f"{self.kind}x{self.lanes}"
+
+    def rows_together(self, T):
+        return min(4, self.sums // T)
+
+    def load(self, place):
+        if self.kind == "fp32":
+            return load(self.floats, place)
+        if self.kind == "fp16":
+            return load(ir.VectorType(F16, self.lanes), place).emit("fpext", self.floats)
+        x = load(ir.VectorType(I16, self.lanes), place).emit("zext", self.ints)
+        return (x << 16).emit("bitcast", self.floats)    # bf16 is the upper half of a float32
+
+    def load_q(self, place):
+        return load(self.floats, place)
+
+    def add_product(self, acc, x, y):
+        return call(f"llvm.fma.v{self.lanes}f32", x, y, acc)
+
+    def exp2(self, x, weights, T):
+        """Store the weights 2^x, x <= 0, as float32, and return them."""
+        low = call(f"llvm.floor.v{self.lanes}f32", x)
+        exponent = larger(low, x.constant(-127.0, x.type)).emit("fptosi", self.ints)
+        power = ((exponent + 127) << 23).emit("bitcast", self.floats)       # below 2^-126 it is 0
+        y = polynomial(EXP2_F32, x - low) * power
+        store(y, weights)
+        return y
+
+    def num_steps(self, tokens):
+        return tokens
+
+    def step(self, v, t, tokens, row_bytes, col, groups, weights, T):
+        """Step t of `weigh`, one token: the weights of each head, the vectors of V."""
+        row = address(v, t * row_bytes, col)
+        return ([splat(load(F32, weights + t * (4 * T) + 4 * h), self.lanes) for h in range(T)],
+                (self.load(row + self.nbytes * i) for i in range(groups)))
+
+
+# 2^f = sum_n C[n] f^n for 0 <= f < 1, fitted on Chebyshev points. Relative errors: below 8e-5,
+# where rounding to bf16 errs by 2e-3, and below 2e-7.
+EXP2_BF16 = 0.99992783, 0.6957771, 0.22623319, 0.07790716
+EXP2_F32 = 0.99999994, 0.69315296, 0.24015453, 0.05582361, 0.00899258, 0.00187623
+
+
+def polynomial(coefficients, x):
+    y = x.constant(coefficients[-1], x.type)
+    for coefficient in coefficients[-2::-1]:
+        y = call(f"llvm.fma.v{x.type.count}f32", y, x, x.constant(coefficient, x.type))
+    return y
 
 
 def round_bf16(x):
     """float32 lanes -> their bf16 bits in the lower halves of int32 lanes, ties to even."""
     x = x.emit("bitcast", I32x16)
     return (x + ((x >> 16) & 1) + 0x7FFF) >> 16
+
+
+# ---- which of them a processor has
+
+class Vectors(NamedTuple):
+    """What LLVM has for a processor. lanes: of float32 vectors; 0: no vector multiply-add."""
+    lanes: int
+    registers: int
+    has_fp16: bool          # instructions that widen fp16
+    has_dot: bool           # AVX512-BF16
+
+    @property
+    def kinds(self):
+        """dtypes of caches that Fma serves."""
+        return (("bf16", "fp32") + ("fp16",) * self.has_fp16) if self.lanes else ()
+
+
+def find_vectors(machine, features=""):
+    """Look at the code that LLVM makes for a machine (llvm_code.target_machine) -> Vectors. Numba
+    can be told to compile for another processor than this one, and only this shows what it has."""
+    def write(kind, lanes, place):
+        arithmetic = Fma(kind, lanes, 16)
+        x, y = (arithmetic.load(place + 64 * i) for i in range(2))
+        store(arithmetic.add_product(x, x, y), place)
+    wide = assembly(machine, write, [I64], "fp32", 16)
+    half = assembly(machine, write, [I64], "fp16", 4)
+    has_fp16 = any(name in half for name in ("vcvtph2ps", "fcvtl"))
+    for sign, lanes, registers in (("zmm", 16, 32), ("ymm", 8, 16), ("fmla", 4, 32)):
+        if sign in wide and ("vfm" in wide or "fmla" in wide):
+            return Vectors(lanes, registers, has_fp16, "+avx512bf16" in features)
+    return Vectors(0, 0, False, False)
+
+
+HERE = find_vectors(target_machine(), target_features())     # what Numba compiles for
 
 
 # ---- the tiles: what each computes in NumPy, and the writer of its LLVM code
@@ -89,123 +261,113 @@ def score_reference(k, q):
     return k @ q.T
 
 
-def write_score(T, scores, k, row_bytes, q, tokens, ahead):
-    """k [tokens, D], q [T, D] bf16 -> scores [tokens, T] float32; tokens: a multiple of 16.
+def write_score(a, T, scores, k, row_bytes, q, tokens, ahead):
+    """k [tokens, D], q [T, D] -> scores [tokens, T] float32; tokens: a multiple of 16.
 
-    row_bytes = 2 D. As many rows are prefetched from `ahead`. R = 16 / T tokens at a time:
+    a: the arithmetic. row_bytes: of K. As many rows are prefetched from `ahead`. R = sums / T
+    tokens at a time, here with 16 sums:
 
                    q of head 0  head 1  ...  head T-1
-        token 0        acc[0]   acc[1]       acc[T-1]     To 16 lanes of acc[i],
-        ...                                               one instruction adds 32 dims.
+        token 0        acc[0]   acc[1]       acc[T-1]     To every lane of acc[i],
+        ...                                               one instruction adds 1 dim (Fma) or 2.
         token R-1      acc[16-T]  ...        acc[15]
 
-    Then 15 additions reduce the 16 x 16 lanes to one vector, the scores [R, T].
+    Then additions reduce them to vectors, the scores [R, T].
     """
-    R, together = 16 // T, min(T, 2)                     # rows of K that share a load of q
-    with loop(tokens * (4 * T), 64) as offset:
-        first = (offset >> 6) * R * row_bytes
+    R, every = a.sums // T, a.every if T == 1 else 64
+    together = min(R, a.rows_together(T))               # rows of K that share a load of q
+    with loop(tokens * (4 * T), 4 * a.sums) as offset:
+        first = (offset >> (4 * T).bit_length() - 1) * row_bytes
         totals = []
         for r in range(0, R, together):
             rows = [first + row_bytes * (r + i) for i in range(together)]
-            zero = k.constant(0.0)
-            acc = [variable(zero) for _ in range(together * T)]
-            with loop(row_bytes, 128 if T == 1 else 64) as col:
-                for row in rows:
-                    prefetch(ahead + row + col)
-            with loop(row_bytes, 64) as col:
-                x = [load(I32x16, k + row + col) for row in rows]
+            acc = [variable(k.constant(0.0, ir.VectorType(F32, a.lanes)))
+                   for _ in range(together * T)]
+            if every:
+                with loop(row_bytes, every) as col:
+                    for row in rows:
+                        prefetch(ahead + row + col)
+            with loop(row_bytes, a.nbytes) as col:
+                x = [a.load(k + row + col) for row in rows]
                 for h in range(T):
-                    y = load(I32x16, q + row_bytes * h + col)
+                    y = a.load_q(q + ((row_bytes * h + col) << a.q_shift))
                     for i in range(together):
                         place = acc[i * T + h]
-                        dot(place.emit("load"), x[i], y).emit("store", place)
+                        a.add_product(place.emit("load"), x[i], y).emit("store", place)
             totals += [place.emit("load") for place in acc]
-        store(lane_sums(totals), scores + offset)
+        for i in range(0, a.sums, a.lanes):
+            store(lane_sums(totals[i:i + a.lanes]), scores + offset + 4 * i)
 
 
 def softmax_reference(scores):
     top = scores.max(0)
-    weights = bf16(np.exp2(scores - top))
+    weights = np.exp2(scores - top)
     return weights, top, weights.sum(0)
 
 
-# 2^f = sum_n EXP2[n] f^n for 0 <= f < 1, fitted on Chebyshev points. The relative error is below
-# 8e-5, where rounding to bf16 errs by 2e-3.
-EXP2 = 0.99992783, 0.6957771, 0.22623319, 0.07790716
+def write_softmax(a, T, scores, weights, tokens, maxima, sums):
+    """scores [tokens, T] float32 -> weights, maxima and sums [T] float32.
 
-
-def write_softmax(T, scores, weights, tokens, maxima, sums):
-    """scores [tokens, T] float32 -> weights [tokens / 2, T, 2] bf16, maxima and sums [T] float32.
-
-    Fills scores and weights up to a multiple of 16 tokens, with weight 0. Writes up to 15 numbers
-    past the end of scores, and 16 numbers to maxima and to sums.
+    weights: [tokens, T] float32, which may take the place of scores, or, by Dot, [tokens / 2, T, 2]
+    bf16. Fills scores and weights up to a multiple of 16 tokens, with weight 0. Writes up to 15
+    numbers past the end of scores, and up to 16 numbers to maxima and to sums.
     """
-    low = scores.constant(-3e38)
+    low = scores.constant(-3e38, ir.VectorType(F32, a.lanes))
     start, end = tokens * (4 * T), ((tokens + 15) & -16) * (4 * T)
-    with loop(end, 64, start) as offset:                 # the scores there may be anything
+    size = 4 * a.lanes
+    with loop(end, size, start) as offset:               # the scores there may be anything
         store(low, scores + offset)
-    top = variable(low)
-    with loop(end, 64) as offset:
-        larger(top.emit("load"), load(F32x16, scores + offset)).emit("store", top)
-    top = fold(larger, top.emit("load"), T)
-    total = variable(scores.constant(0.0))
-    pairs = [(2 * j + i) * T + h for j in range(8 // T) for h in range(T) for i in range(2)]
-    with loop(end, 64) as offset:
-        x = load(F32x16, scores + offset) - top
-        f = call("llvm.x86.avx512.mask.reduce.ps.512", x, I32(1), x, I16(-1), I32(4))
-        y = scores.constant(EXP2[-1])                    # f = x - floor(x)
-        for coefficient in EXP2[-2::-1]:
-            y = call("llvm.fma.v16f32", y, f, scores.constant(coefficient))
-        y = call("llvm.x86.avx512.mask.scalef.ps.512", y, x, y, I16(-1), I32(4))
-        bits = round_bf16(y)                             # of y * 2^floor(x)
-        half = bits.emit("trunc", I16x16)
-        store(shuffle(half, half, pairs), weights + (offset >> 1))
-        (total.emit("load") + (bits << 16).emit("bitcast", F32x16)).emit("store", total)
-    store(top, maxima)
-    store(fold(operator.add, total.emit("load"), T), sums)
+    parts = range(0, max(size, 4 * T), size)             # vectors until all T heads have come
+    tops = [variable(low) for _ in parts]
+    with loop(end, size * len(parts)) as offset:
+        for part, top in zip(parts, tops, strict=True):
+            larger(top.emit("load"), load(low.type, scores + offset + part)).emit("store", top)
+    tops = [fold(larger, top.emit("load"), T) for top in tops]
+    totals = [variable(scores.constant(0.0, low.type)) for _ in parts]
+    with loop(end, size * len(parts)) as offset:
+        for part, top, total in zip(parts, tops, totals, strict=True):
+            x = load(low.type, scores + offset + part) - top
+            y = a.exp2(x, weights + ((offset + part) >> a.weight_shift), T)
+            (total.emit("load") + y).emit("store", total)
+    for part, top, total in zip(parts, tops, totals, strict=True):
+        store(top, maxima + part)
+        store(fold(operator.add, total.emit("load"), T), sums + part)
 
 
 def weigh_reference(o, v, weights):
     return o + weights.T @ v
 
 
-def write_weigh(T, o, v, row_bytes, weights, tokens, ahead):
-    """o [T, D] float32 += weights [tokens / 2, T, 2] . v [tokens, D], both bf16.
+def write_weigh(a, T, o, v, row_bytes, weights, tokens, ahead):
+    """o [T, D] float32 += weights . v [tokens, D]; weights: see write_softmax.
 
-    row_bytes = 2 D. As many rows are prefetched from `ahead`. The rows of two tokens are
-    interleaved: then one instruction adds a pair of tokens to 16 dims of o. Interleaving works
-    within 128-bit lanes, so each 32 dims of o are stored in this lane order: 0-3, 8-11, 16-19,
-    24-27, then 4-7, 12-15, 20-23, 28-31. `finish` undoes it.
+    a: the arithmetic. row_bytes: of V. As many rows are prefetched from `ahead`. Some columns of o
+    stay in registers while all tokens are added. By Dot, o is in another order, see Dot.step.
     """
-    order = [lane for k in range(0, 32, 8) for i in range(4) for lane in (k + i, 32 + k + i)]
-    pairs, final = (tokens + 1) >> 1, tokens - 1
-    wide = {1: 4, 2: 4, 4: 2, 8: 1}[T]       # groups of 32 dims at once: at most 16 accumulators
-    whole = row_bytes & (-64 * wide)
+    wide, n = a.wide[T], a.per_vector
+    whole = row_bytes & (-a.nbytes * wide)               # nbytes and wide are powers of 2
     spans = [(wide, None, whole), (1, whole, row_bytes)]
     for groups, start, end in spans[:1 if wide == 1 else 2]:
-        with loop(end, 64 * groups, start) as col:
-            places = [address(o, row_bytes * (2 * h), col * 2, 64 * i)
-                      for h in range(T) for i in range(2 * groups)]
-            acc = [variable(load(F32x16, place)) for place in places]
-            with loop(pairs) as t:
-                row = t * 2 * row_bytes
-                # The partner of an odd final token has weight 0, but its row may hold NaN.
-                # Then the token's own row is read twice.
-                partner = equal(t * 2, final).emit("select", row, row + row_bytes)
-                line = address(ahead, col * tokens, t * (128 * groups))
-                for i in range(0, 2 * groups, 2 if T == 1 else 1):
-                    prefetch(line + 64 * i)
-                w = [splat(load(I32, weights + t * (4 * T) + 4 * h)) for h in range(T)]
-                for i in range(groups):
-                    x, y = (load(I16x32, v + r + col + 64 * i) for r in (row, partner))
-                    for half in range(2):
-                        mixed = shuffle(x, y, [lane + 4 * half for lane in order])
-                        mixed = mixed.emit("bitcast", I32x16)
-                        for h in range(T):
-                            a = acc[h * 2 * groups + 2 * i + half]
-                            dot(a.emit("load"), mixed, w[h]).emit("store", a)
-            for a, place in zip(acc, places, strict=True):
-                store(a.emit("load"), place)
+        step_bytes = (2 if isinstance(a, Dot) else 1) * a.nbytes * groups
+        every = a.every if T == 1 else 64
+        lines = range(0, step_bytes, every) if every and step_bytes >= 64 else ()
+        with loop(end, a.nbytes * groups, start) as col:
+            places = [address(o, row_bytes * h << a.shift, col << a.shift, 4 * a.lanes * i)
+                      for h in range(T) for i in range(n * groups)]
+            acc = [variable(load(ir.VectorType(F32, a.lanes), place)) for place in places]
+            if every and not lines:
+                with loop(tokens * step_bytes, 64) as line:
+                    prefetch(address(ahead, col * tokens, line))
+            with loop(a.num_steps(tokens)) as t:
+                for i in lines:
+                    prefetch(address(ahead, col * tokens, t * step_bytes, i))
+                w, vectors = a.step(v, t, tokens, row_bytes, col, groups, weights, T)
+                for i, x in enumerate(vectors):
+                    for h in range(T):
+                        place = acc[h * n * groups + i]
+                        a.add_product(place.emit("load"), x, w[h]).emit("store", place)
+            for x, place in zip(acc, places, strict=True):
+                store(x.emit("load"), place)
 
 
 def finish_reference(out, o, weight, add):
@@ -213,13 +375,13 @@ def finish_reference(out, o, weight, add):
 
 
 def write_finish(out, o, weight, count, add):
-    """out [count] = weight * o [count] in lane order, plus out if add; count: a multiple of 32."""
+    """out [count] = weight * o [count] in Dot's order, plus out if add; count: a multiple of 32."""
     first = [lane for k in (0, 4) for lane in (*range(k, k + 4), *range(16 + k, 20 + k))]
     with loop(count * 4, 128) as col:
         x, y = (load(F32x16, o + col + 64 * i) for i in range(2))
         for i in range(2):
             place = out + col + 64 * i
-            zero = o.constant(0.0)
+            zero = o.constant(0.0, F32x16)
             old = equal(add, I64(0)).emit("select", zero, load(F32x16, place))
             z = shuffle(x, y, [lane + 8 * i for lane in first])
             store(call("llvm.fma.v16f32", z, splat(weight), old), place)
@@ -227,23 +389,21 @@ def write_finish(out, o, weight, count, add):
 
 # ---- the tiles, for Numba
 
-def tile(write, *kinds, widths=()):
-    """What a Numba intrinsic returns: its signature, and how its call is compiled.
+INT, FLOAT = types.int64, types.float32
 
-    With widths there is a function for each T; the first argument of the call picks one.
-    """
+
+def tile(write, *kinds, arithmetic=None):
+    """What a Numba intrinsic returns: its signature, and how its call is compiled. With an
+    arithmetic there is a function for each T, the first argument of the call."""
     def compiled(context, builder, signature, args):
-        if HAS_DOT and not widths:
+        if arithmetic is None:
             call_function(builder, write, args)
-        elif HAS_DOT:
-            for T in widths:
+        else:
+            for T in TILE_HEADS:
                 with builder.if_then(builder.icmp_signed("==", args[0], I64(T))):
-                    call_function(builder, write, args[1:], T)
+                    call_function(builder, write, args[1:], arithmetic, T)
         return context.get_dummy_value()
     return types.void(*kinds), compiled
-
-
-INT, FLOAT = types.int64, types.float32
 
 
 @intrinsic
@@ -252,23 +412,24 @@ def narrow(_, dst, src, scale, count):
 
 
 @intrinsic
-def score(_, T, scores, k, row_bytes, q, tokens, ahead):
-    return tile(write_score, *[INT] * 7, widths=TILE_HEADS)
-
-
-@intrinsic
-def softmax(_, T, scores, weights, tokens, maxima, sums):
-    return tile(write_softmax, *[INT] * 6, widths=TILE_HEADS)
-
-
-@intrinsic
-def weigh(_, T, o, v, row_bytes, weights, tokens, ahead):
-    return tile(write_weigh, *[INT] * 7, widths=TILE_HEADS)
-
-
-@intrinsic
 def finish(_, out, o, weight, count, add):
     return tile(write_finish, INT, INT, FLOAT, INT, INT)
+
+
+def make_tiles(a):
+    """(score, softmax, weigh) in an arithmetic."""
+    @intrinsic
+    def score(_, T, scores, k, row_bytes, q, tokens, ahead):
+        return tile(write_score, *[INT] * 7, arithmetic=a)
+
+    @intrinsic
+    def softmax(_, T, scores, weights, tokens, maxima, sums):
+        return tile(write_softmax, *[INT] * 6, arithmetic=a)
+
+    @intrinsic
+    def weigh(_, T, o, v, row_bytes, weights, tokens, ahead):
+        return tile(write_weigh, *[INT] * 7, arithmetic=a)
+    return score, softmax, weigh
 
 
 # ---- a work item
@@ -282,47 +443,85 @@ def _ahead(here, after, h, lag, Hkv, head_bytes):
     return after + min(h + lag - Hkv, Hkv - 1) * head_bytes
 
 
-@njit
-def dot_item(q, k_cache, v_cache, blocks, n, scale, T, q_bf16, scores, weights, o, maxima, sums):
-    """One work item of cpu_attn._decode, T heads in a tile: q [H, D] over n tokens of a sequence.
+def make_item(a):
+    """The function of a work item in an arithmetic."""
+    score, softmax, weigh = make_tiles(a)
+    is_dot, dim_bytes, q_shift = isinstance(a, Dot), a.nbytes // a.dims, a.q_shift
 
-    blocks is their part of the block table. Groups of G heads are padded to a multiple of T, P.
-    Scratch: q_bf16 [Hkv P, D], weights [Hkv P, width] uint16, scores [Hkv P + 1, width] float32,
-    width at least n + 16. Writes o [Hkv P, D] in lane order, maxima and sums [Hkv P + 16].
-    """
-    H, D = q.shape
-    Hkv, bs = k_cache.shape[1], k_cache.shape[2]
-    G, P, width = H // Hkv, o.shape[0] // Hkv, scores.shape[1]
-    row_bytes = 2 * D
-    head_bytes, block_bytes = bs * row_bytes, Hkv * bs * row_bytes
-    lag = max(1, AHEAD // head_bytes)
-    k_data, v_data = k_cache.ctypes.data, v_cache.ctypes.data
-    q_data, s_data, w_data = q_bf16.ctypes.data, scores.ctypes.data, weights.ctypes.data
-    o_data, m_data, l_data = o.ctypes.data, maxima.ctypes.data, sums.ctypes.data
-    for h in range(H):
-        row = q_data + (h // G * P + h % G) * row_bytes
-        narrow(row, q.ctypes.data + h * D * 4, scale * LOG2E, D)
-    for j in range(0, n, bs):
-        here = k_data + np.int64(blocks[j // bs]) * block_bytes
-        if j + bs < n:
-            after = k_data + np.int64(blocks[j // bs + 1]) * block_bytes
-        else:
-            after = v_data + np.int64(blocks[0]) * block_bytes
-        tokens = (min(bs, n - j) + 15) // 16 * 16
-        for h in range(Hkv):
-            ahead = _ahead(here, after, h, lag, Hkv, head_bytes)
-            for g in range(h * P, h * P + P, T):
-                score(T, s_data + (g * width + j * T) * 4, here + h * head_bytes, row_bytes,
-                      q_data + g * row_bytes, tokens, ahead)
-    for g in range(0, Hkv * P, T):
-        softmax(T, s_data + g * width * 4, w_data + g * width * 2, n, m_data + g * 4,
-                l_data + g * 4)
-    o[:] = 0
-    for j in range(0, n, bs):
-        here = v_data + np.int64(blocks[j // bs]) * block_bytes
-        after = v_data + np.int64(blocks[j // bs + 1]) * block_bytes if j + bs < n else here
-        for h in range(Hkv):
-            ahead = _ahead(here, after, h, lag, Hkv, head_bytes)
-            for g in range(h * P, h * P + P, T):
-                weigh(T, o_data + g * D * 4, here + h * head_bytes, row_bytes,
-                      w_data + (g * width + j * T) * 2, min(bs, n - j), ahead)
+    @njit
+    def item(q, k_cache, v_cache, blocks, n, scale, T, q_rows, scores, weights, o, maxima, sums):
+        """One work item of cpu_attn._decode, T heads in a tile: q [H, D] over n tokens of a
+        sequence.
+
+        blocks is their part of the block table. Groups of G heads are padded to a multiple of T, P.
+        Scratch: q_rows [Hkv P, D] and scores [Hkv P + 1, width] float32, for Dot also weights
+        [Hkv P, width] uint16; width at least n + 16. Writes o [Hkv P, D], by Dot in its own order,
+        maxima and sums [Hkv P + 16].
+        """
+        H, D = q.shape
+        Hkv, bs = k_cache.shape[1], k_cache.shape[2]
+        G, P, width = H // Hkv, o.shape[0] // Hkv, scores.shape[1]
+        row_bytes = dim_bytes * D
+        head_bytes, block_bytes = bs * row_bytes, Hkv * bs * row_bytes
+        lag = max(1, AHEAD // head_bytes)
+        k_data, v_data = k_cache.ctypes.data, v_cache.ctypes.data
+        q_data, s_data, o_data = q_rows.ctypes.data, scores.ctypes.data, o.ctypes.data
+        m_data, l_data = maxima.ctypes.data, sums.ctypes.data
+        w_data, w_bytes = (weights.ctypes.data, 2) if is_dot else (s_data, 4)
+        q_bytes = row_bytes << q_shift
+        for h in range(H):
+            row = h // G * P + h % G
+            if is_dot:
+                narrow(q_data + row * q_bytes, q.ctypes.data + h * D * 4, scale * LOG2E, D)
+            else:
+                for d in range(D):
+                    q_rows[row, d] = q[h, d] * (scale * LOG2E)
+        for j in range(0, n, bs):
+            here = k_data + np.int64(blocks[j // bs]) * block_bytes
+            if j + bs < n:
+                after = k_data + np.int64(blocks[j // bs + 1]) * block_bytes
+            else:
+                after = v_data + np.int64(blocks[0]) * block_bytes
+            tokens = (min(bs, n - j) + 15) // 16 * 16
+            for h in range(Hkv):
+                ahead = _ahead(here, after, h, lag, Hkv, head_bytes)
+                for g in range(h * P, h * P + P, T):
+                    score(T, s_data + (g * width + j * T) * 4, here + h * head_bytes, row_bytes,
+                          q_data + g * q_bytes, tokens, ahead)
+        for g in range(0, Hkv * P, T):
+            softmax(T, s_data + g * width * 4, w_data + g * width * w_bytes, n, m_data + g * 4,
+                    l_data + g * 4)
+        o[:] = 0
+        for j in range(0, n, bs):
+            here = v_data + np.int64(blocks[j // bs]) * block_bytes
+            after = v_data + np.int64(blocks[j // bs + 1]) * block_bytes if j + bs < n else here
+            for h in range(Hkv):
+                ahead = _ahead(here, after, h, lag, Hkv, head_bytes)
+                for g in range(h * P, h * P + P, T):
+                    weigh(T, o_data + g * D * 4, here + h * head_bytes, row_bytes,
+                          w_data + (g * width + j * T) * w_bytes, min(bs, n - j), ahead)
+    return item
+
+
+def item_of(arithmetics):
+    """A function for Numba code that calls the work item of {type of a cache's bits: arithmetic},
+    or nothing for a type that is not there."""
+    items = {kind: make_item(a) for kind, a in arithmetics.items()}
+
+    def item(*args):
+        raise NotImplementedError("for Numba code alone")
+
+    @overload(item)
+    def choose(*args):
+        chosen = items.get(args[1].dtype)           # of k_cache
+        if chosen is None:
+            return lambda *args: None
+        return lambda *args: chosen(*args)
+    return item
+
+
+dot_item = item_of({types.uint16: Dot()} if HERE.has_dot else {})
+fma_item = item_of({
+    bits: Fma(kind, HERE.lanes, HERE.registers)
+    for kind, bits in (("bf16", types.uint16), ("fp16", types.int16), ("fp32", types.uint32))
+    if kind in HERE.kinds})

@@ -12,10 +12,11 @@ writes a loop that multiplies 16 float32 numbers at a time. Knows nothing of att
 """
 from contextlib import contextmanager
 
-from llvmlite import ir
-from numba.core import cgutils
+from llvmlite import binding, ir
+from numba.core import cgutils, config
 
-F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+F16, F32 = ir.HalfType(), ir.FloatType()
+I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 F32x16, I16x16, I32x16 = (ir.VectorType(kind, 16) for kind in (F32, I16, I32))
 I16x32 = ir.VectorType(I16, 32)
 
@@ -34,14 +35,15 @@ class Value:
         append = getattr(self.builder, instruction)
         return Value(self.builder, append(self.value, *map(raw, operands), **options))
 
-    def constant(self, number, kind=F32x16):
+    def constant(self, number, kind):
         number = [number] * kind.count if isinstance(kind, ir.VectorType) else number
         return Value(self.builder, ir.Constant(kind, number))
 
     def _operator(of_ints, of_floats=None):
         def append(x, y):
             y = y if isinstance(y, Value) else x.constant(y, x.type)
-            return x.emit(of_floats if x.type == F32x16 else of_ints, y)
+            is_float = getattr(x.type, "element", x.type) == F32
+            return x.emit(of_floats if is_float else of_ints, y)
         return append
 
     __add__ = _operator("add", "fadd")
@@ -83,11 +85,11 @@ def shuffle(x, y, lanes):
     return x.emit("shuffle_vector", y, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
 
 
-def splat(x):
-    """A number in all 16 lanes."""
-    v = Value(x.builder, ir.Constant(ir.VectorType(x.type, 16), ir.Undefined))
+def splat(x, lanes=16):
+    """A number in all lanes."""
+    v = Value(x.builder, ir.Constant(ir.VectorType(x.type, lanes), ir.Undefined))
     v = v.emit("insert_element", x, I32(0))
-    return shuffle(v, v, [0] * 16)
+    return shuffle(v, v, [0] * lanes)
 
 
 def call(name, *args, result=None):
@@ -114,17 +116,20 @@ def larger(x, y):
 
 
 def fold(op, x, T=1):
-    """Lane i = op over the lanes i, i + T, i + 2T, ... (mod 16) of x."""
+    """Lane i = op over the lanes i, i + T, i + 2T, ... (modulo their number) of x."""
+    lanes = x.type.count
     for k in (8, 4, 2, 1):
-        if k >= T:
-            x = op(x, shuffle(x, x, [(i + k) % 16 for i in range(16)]))
+        if T <= k < lanes:
+            x = op(x, shuffle(x, x, [(i + k) % lanes for i in range(lanes)]))
     return x
 
 
 def lane_sums(vectors):
-    """16 vectors -> one; lane i is the sum over vectors[i]. Each step halves their number."""
-    for k in (8, 4, 2, 1):
-        own = [lane + 16 * bool(lane & k) for lane in range(16)]
+    """As many vectors as lanes -> one; lane i is the sum over vectors[i]. Each step halves their
+    number."""
+    lanes = len(vectors)
+    for k in (lanes >> i for i in range(1, lanes.bit_length())):
+        own = [lane + lanes * bool(lane & k) for lane in range(lanes)]
         other = [lane ^ k for lane in own]
         vectors = [shuffle(x, y, own) + shuffle(x, y, other)
                    for x, y in zip(vectors[:k], vectors[k:], strict=True)]
@@ -139,15 +144,52 @@ def loop(end, step=1, start=None):
         yield Value(end.builder, i)
 
 
-def call_function(builder, write, args, *T):
-    """Call an LLVM function that write(*T, *args) fills, once in a module for every T."""
-    kind = ir.FunctionType(ir.VoidType(), [x.type for x in args])
-    name = "_".join(map(str, ("neo", write.__name__, *T)))
-    fn = cgutils.get_or_insert_function(builder.module, kind, name)
+def call_function(builder, write, args, *fixed):
+    """Call an LLVM function that write(*fixed, *args) fills, once in a module for all that is
+    fixed."""
+    fn = _function(builder.module, write, [x.type for x in args], *fixed)
+    builder.call(fn, args)
+
+
+def _function(module, write, kinds, *fixed):
+    name = "_".join(map(str, ("neo", write.__name__, *fixed)))
+    fn = cgutils.get_or_insert_function(module, ir.FunctionType(ir.VoidType(), kinds), name)
     if not fn.blocks:
         fn.linkage = "internal"
         fn.attributes.add("noinline")
         inside = ir.IRBuilder(fn.append_basic_block())
-        write(*T, *[Value(inside, x) for x in fn.args])
+        write(*fixed, *[Value(inside, x) for x in fn.args])
         inside.ret_void()
-    builder.call(fn, args)
+    return fn
+
+
+# ---- what a processor makes of it
+
+def target_features():
+    """The features that Numba compiles for, as LLVM writes them: "+avx2,-avx512f,..."."""
+    if config.CPU_FEATURES is not None:
+        return config.CPU_FEATURES
+    return binding.get_host_cpu_features().flatten()
+
+
+def target_machine(triple=None, cpu=None):
+    """A processor by its names in LLVM; by default the one that Numba compiles for."""
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+    if triple:
+        return binding.Target.from_triple(triple).create_target_machine(cpu=cpu, opt=3)
+    return binding.Target.from_default_triple().create_target_machine(
+        cpu=config.CPU_NAME or binding.get_host_cpu_name(), features=target_features(), opt=3)
+
+
+def assembly(machine, write, kinds, *fixed):
+    """The machine code, as text, of the function that write(*fixed, *args) fills. kinds: LLVM types
+    of args."""
+    module = ir.Module()
+    module.triple = machine.triple
+    fn = _function(module, write, kinds, *fixed)
+    fn.linkage = "external"
+    made = binding.parse_assembly(str(module))
+    passes = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(3))
+    passes.getModulePassManager().run(made, passes)
+    return machine.emit_assembly(made)

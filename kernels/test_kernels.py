@@ -3,13 +3,14 @@
     python -m pytest kernels/test_kernels.py
 
 With a GPU, Triton's kernels run on it. Without one they run under Triton's interpreter, and are
-compiled for GPUs that are not here. The tiles of the dot path run everywhere: where a processor
-has no AVX512-BF16, its three instructions are replaced by several plain ones.
+compiled for GPUs that are not here. The tiles of CPU attention run everywhere, of every width:
+where a processor has no AVX512-BF16, its three instructions are replaced by several plain ones.
 """
 import ast
 import importlib.util
 import itertools
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -134,7 +135,8 @@ def compilation(request, tmp_path_factory):
 # ---- the CPU tier
 
 @pytest.mark.parametrize("dtype, path", [
-    ("bf16", "dot"), ("bf16", "portable"), ("fp16", "portable"), ("fp32", "portable")])
+    ("bf16", "dot"), ("bf16", "fma"), ("fp16", "fma"), ("fp32", "fma"),
+    ("bf16", "portable"), ("fp16", "portable"), ("fp32", "portable")])
 @pytest.mark.parametrize("H, Hkv, D, bs", [
     (4, 4, 64, 16), (3, 3, 96, 32), (6, 3, 80, 16), (4, 2, 128, 16), (9, 3, 96, 48),
     (8, 2, 128, 32), (8, 2, 96, 16), (7, 1, 64, 16), (8, 1, 256, 16), (16, 1, 128, 16),
@@ -143,7 +145,7 @@ def test_cpu_attention_equals_reference(H, Hkv, D, bs, dtype, path):
     """Lengths around block and item edges, permuted and shared tables, NaN in unused slots and in
     the output; on one thread and on two."""
     if path not in cpu_attn.PATHS:
-        pytest.skip("no AVX512-BF16")
+        pytest.skip("not on this processor")
     rng = np.random.default_rng([H, D])
     lens = [1, 2, bs - 1, bs, bs + 1, 255, 256, 257]
     lens += [int(rng.integers(600, 1300)), int(rng.integers(1300, 5000))]
@@ -227,46 +229,55 @@ def plain_call(name, *args, result=None):
         return args[0] - llvm_code.call("llvm.floor.v16f32", args[0])
     if "mask.scalef" in name:       # 2^n has the bits (n + 127) << 23; below 2^-126 it is 0 here
         y, x = args[:2]
-        power = llvm_code.larger(llvm_code.call("llvm.floor.v16f32", x), x.constant(-127.0))
+        power = llvm_code.larger(llvm_code.call("llvm.floor.v16f32", x), x.constant(-127.0, x.type))
         return y * number((power.emit("fptosi", llvm_code.I32x16) + 127) << 23)
     return llvm_code.call(name, *args, result=result)
 
 
+ARITHMETICS = {
+    "dot": cpu_tiles.Dot(), "AVX2": cpu_tiles.Fma("fp16", 8, 16),
+    "AVX-512F": cpu_tiles.Fma("bf16", 16, 32), "NEON": cpu_tiles.Fma("fp32", 4, 32)}
+
+
 @cache
-def compiled_tiles():
-    """Each tile as a function, and dot_item. Nothing here enters Numba's cache on disk."""
+def compiled_tiles(name):
+    """Each tile of an arithmetic as a function, and its work item. LLVM makes vectors of any width
+    run anywhere, of several narrower ones. Nothing here enters Numba's cache on disk."""
+    a = ARITHMETICS[name]
+    score_tile, softmax_tile, weigh_tile = cpu_tiles.make_tiles(a)
+
     @njit
     def narrow(dst, src, scale, count):
         cpu_tiles.narrow(dst, src, scale, count)
 
     @njit
     def score(T, scores, k, row_bytes, q, tokens, ahead):
-        cpu_tiles.score(T, scores, k, row_bytes, q, tokens, ahead)
+        score_tile(T, scores, k, row_bytes, q, tokens, ahead)
 
     @njit
     def softmax(T, scores, weights, tokens, maxima, sums):
-        cpu_tiles.softmax(T, scores, weights, tokens, maxima, sums)
+        softmax_tile(T, scores, weights, tokens, maxima, sums)
 
     @njit
     def weigh(T, o, v, row_bytes, weights, tokens, ahead):
-        cpu_tiles.weigh(T, o, v, row_bytes, weights, tokens, ahead)
+        weigh_tile(T, o, v, row_bytes, weights, tokens, ahead)
 
     @njit
     def finish(out, o, weight, count, add):
         cpu_tiles.finish(out, o, weight, count, add)
 
-    dot_item = njit(cpu_tiles.dot_item.py_func)
-    functions = narrow, score, softmax, weigh, finish, dot_item
+    item = cpu_tiles.make_item(a)
+    functions = narrow, score, softmax, weigh, finish, item
     with pytest.MonkeyPatch.context() as patch:
-        if not cpu_tiles.HAS_DOT:
-            patch.setattr(cpu_tiles, "HAS_DOT", True)
+        if not cpu_tiles.HERE.has_dot:
             patch.setattr(cpu_tiles, "call", plain_call)
         i, f = "int64", "float32"
         of = [(i, i, f, i), [i] * 7, [i] * 6, [i] * 7, (i, i, f, i, i)]
         for function, types in zip(functions, of, strict=False):
             function.compile(f"void({', '.join(types)})")
-        dot_item.compile("void(f4[:,::1], u2[:,:,:,::1], u2[:,:,:,::1], i4[::1], i8, f4, i8, "
-                         "u2[:,::1], f4[:,::1], u2[:,::1], f4[:,::1], f4[::1], f4[::1])")
+        cache = "u4[:,:,:,::1]" if name == "NEON" else "u2[:,:,:,::1]"
+        item.compile(f"void(f4[:,::1], {cache}, {cache}, i4[::1], i8, f4, i8, "
+                     "f4[:,::1], f4[:,::1], u2[:,::1], f4[:,::1], f4[::1], f4[::1])")
     for function in functions:
         function.disable_compile()          # for other types it would be without the patches
     return functions
@@ -281,41 +292,58 @@ def bits(x):
     return np.ascontiguousarray(x.view(np.uint32) >> 16, np.uint16)
 
 
+def element_bits(x, kind):
+    """float32 numbers that `kind` can hold -> its bits"""
+    return bits(x) if kind == "bf16" else x.astype({"fp16": np.float16, "fp32": np.float32}[kind])
+
+
+@pytest.mark.parametrize("name", ARITHMETICS)
 @pytest.mark.parametrize("T", cpu_tiles.TILE_HEADS)
-def test_tiles_equal_their_references(T):
+def test_tiles_equal_their_references(T, name):
     """An odd number of tokens, D that fills no wide group, and NaN where nothing may be read."""
-    narrow, score, softmax, weigh, finish, _ = compiled_tiles()
+    narrow, score, softmax, weigh, finish, _ = compiled_tiles(name)
+    a = ARITHMETICS[name]
+    dot, kind = name == "dot", getattr(a, "kind", "bf16")
     rng, D, n, room = np.random.default_rng(T), 96, 37, 48
     src = rng.standard_normal((T, D), dtype=np.float32)
-    q = np.zeros((T, D), np.uint16)
-    scale = np.float32(0.3)
-    narrow(q.ctypes.data, src.ctypes.data, scale, T * D)
-    q_want = cpu_tiles.narrow_reference(src, scale)
-    assert np.array_equal(q, bits(q_want))
+    q = q_want = src
+    if dot:
+        q, scale = np.zeros((T, D), np.uint16), np.float32(0.3)
+        narrow(q.ctypes.data, src.ctypes.data, scale, T * D)
+        q_want = cpu_tiles.narrow_reference(src, scale)
+        assert np.array_equal(q, bits(q_want))
 
     k, v = (cpu_tiles.bf16(rng.standard_normal((room, D), dtype=np.float32)) for _ in "kv")
-    k_bits, v_bits = bits(k), bits(v)
+    if kind == "fp16":      # bf16 numbers near 0 are none of fp16
+        k, v = (x.astype(np.float16).astype(np.float32) for x in (k, v))
+    k_bits, v_bits = element_bits(k, kind), element_bits(v, kind)
+    row_bytes = D * k_bits.itemsize
     scores = np.full((room + 16, T), np.nan, np.float32)[:room]      # softmax writes past the end
-    score(T, scores.ctypes.data, k_bits.ctypes.data, 2 * D, q.ctypes.data, room, k.ctypes.data)
+    score(T, scores.ctypes.data, k_bits.ctypes.data, row_bytes, q.ctypes.data, room, k.ctypes.data)
     assert relative(scores, cpu_tiles.score_reference(k, q_want)) < 1e-6
 
     scores[n:] = np.nan
-    weights = np.full((room // 2, T, 2), 0xFFFF, np.uint16)
     maxima, sums = np.zeros(T + 16, np.float32), np.zeros(T + 16, np.float32)
-    softmax(T, scores.ctypes.data, weights.ctypes.data, n, maxima.ctypes.data, sums.ctypes.data)
     want, top, total = cpu_tiles.softmax_reference(scores[:n])
-    got = cpu_attn.to_float64(weights, "bf16").transpose(0, 2, 1).reshape(room, T)
-    assert np.abs(got[:n] / want - 1).max() < 2 ** -7 and not got[n:].any()     # one bf16 step
+    weights = np.full((room // 2, T, 2), 0xFFFF, np.uint16) if dot else scores
+    softmax(T, scores.ctypes.data, weights.ctypes.data, n, maxima.ctypes.data, sums.ctypes.data)
+    got = weights
+    if dot:
+        got = cpu_attn.to_float64(weights, "bf16").transpose(0, 2, 1).reshape(room, T)
+    error = np.abs(got[:n] - want) / np.maximum(want, 1e-37)    # smaller ones may be flushed to 0
+    assert error.max() < (2 ** -7 if dot else 1e-6) and not got[n:].any()   # one bf16 step
     assert np.array_equal(maxima[:T], top)
-    assert np.allclose(sums[:T], got.sum(0), rtol=1e-6) and np.allclose(sums[:T], total, rtol=1e-3)
+    assert np.allclose(sums[:T], got.sum(0), rtol=1e-6)
+    assert np.allclose(sums[:T], total, rtol=1e-3 if dot else 1e-6)
 
-    v_bits[n:] = 0x7FFF                                                        # NaN
+    v_bits[n:] = 0x7FFF if kind != "fp32" else np.nan                          # NaN
     o = rng.standard_normal((T, D), dtype=np.float32)
-    acc = np.ascontiguousarray(o[:, LANES])
-    weigh(T, acc.ctypes.data, v_bits.ctypes.data, 2 * D, weights.ctypes.data, n, v.ctypes.data)
+    acc = np.ascontiguousarray(o[:, LANES]) if dot else o.copy()
+    weigh(T, acc.ctypes.data, v_bits.ctypes.data, row_bytes, weights.ctypes.data, n, v.ctypes.data)
     o = cpu_tiles.weigh_reference(o, v[:n], got[:n].astype(np.float32))
-    assert relative(acc, o[:, LANES]) < 1e-6
-
+    assert relative(acc, o[:, LANES] if dot else o) < 1e-6
+    if not dot:
+        return
     out = np.full((T, D), np.nan, np.float32)
     finish(out.ctypes.data, acc.ctypes.data, np.float32(0.25), T * D, 0)
     want = cpu_tiles.finish_reference(out, o, 0.25, False)
@@ -324,30 +352,97 @@ def test_tiles_equal_their_references(T):
     assert relative(out, cpu_tiles.finish_reference(want, o, 3.0, True)) < 1e-6
 
 
+@pytest.mark.parametrize("name", ARITHMETICS)
 @pytest.mark.parametrize("H, Hkv", [(2, 2), (6, 3), (9, 3), (14, 2), (20, 2)])
 @pytest.mark.parametrize("D, bs, n", [(64, 16, 33), (96, 48, 100), (128, 16, 16)])
-def test_a_work_item_of_tiles_equals_reference(H, Hkv, D, bs, n):
+def test_a_work_item_of_tiles_equals_reference(H, Hkv, D, bs, n, name):
     """Every T, groups that fill their tiles or do not, and blocks in any order."""
-    *_, finish, dot_item = compiled_tiles()
-    q, k, v, table, seq_lens = paged_case(np.random.default_rng(n), 1, H, Hkv, D, bs, [n], "bf16")
+    *_, finish, item = compiled_tiles(name)
+    dot, kind = name == "dot", getattr(ARITHMETICS[name], "kind", "bf16")
+    q, k, v, table, seq_lens = paged_case(np.random.default_rng(n), 1, H, Hkv, D, bs, [n], kind)
     G = H // Hkv
     T = next((heads for heads in cpu_tiles.TILE_HEADS if heads >= G), 8)
     P = -(-G // T) * T
     width = max(n, D) + 16
-    q_bf16, weights = np.empty((Hkv * P, D), np.uint16), np.empty((Hkv * P, width), np.uint16)
+    q_rows, weights = np.empty((Hkv * P, D), np.float32), np.empty((Hkv * P, width), np.uint16)
     scores = np.full((Hkv * P + 1, width), np.nan, np.float32)
     o, out = np.empty((Hkv * P, D), np.float32), np.empty((H, D), np.float32)
     maxima, sums = (np.empty(Hkv * P + 16, np.float32) for _ in "ml")
-    dot_item(q[0], k, v, table[0], n, np.float32(D ** -0.5), T, q_bf16, scores, weights, o, maxima,
-             sums)
+    caches = [x.view(np.uint32 if kind == "fp32" else np.uint16) for x in (k, v)]
+    item(q[0], *caches, table[0], n, np.float32(D ** -0.5), T, q_rows, scores, weights, o, maxima,
+         sums)
     lse = np.empty(H)
     want_lse = np.empty((1, H))
-    want = cpu_attn.paged_decode_reference(q, k, v, table, seq_lens, D ** -0.5, lse=want_lse)[0]
+    want = cpu_attn.paged_decode_reference(q, k, v, table, seq_lens, D ** -0.5, kind, want_lse)[0]
     for h in range(H):
         g = h // G * P + h % G
-        finish(out[h].ctypes.data, o[g].ctypes.data, 1 / sums[g], D, 0)
+        out[h] = o[g] / sums[g]
+        if dot:
+            finish(out[h].ctypes.data, o[g].ctypes.data, 1 / sums[g], D, 0)
         lse[h] = (maxima[g] + np.log2(sums[g])) * np.log(2)
-    assert relative(out, want) < 5e-3 and np.abs(lse - want_lse).max() < 3e-2
+    assert relative(out, want) < (5e-3 if dot else 2e-6)
+    assert np.abs(lse - want_lse).max() < (3e-2 if dot else 1e-5)
+
+
+X86, ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
+
+
+@pytest.mark.parametrize("triple, cpu, lanes, widen, product", [
+    (X86, "znver2", 8, {"fp16": "vcvtph2ps.*ymm", "bf16": "vpmovzxwd.*ymm", "fp32": "ymm"},
+     "vfmadd231ps.*ymm"),
+    (X86, "cascadelake", 16, {"fp16": "vcvtph2ps.*zmm", "bf16": "vpmovzxwd.*zmm", "fp32": "zmm"},
+     "vfmadd231ps.*zmm"),
+    (ARM, "neoverse-n1", 4, {"fp16": r"fcvtl\s+v", "bf16": "[su]?shll.*v", "fp32": r"ldr\s+q"},
+     r"fmla\s+v"),
+    (X86, "nehalem", 0, {}, None)])
+def test_what_llvm_makes_of_the_tiles_for_other_processors(triple, cpu, lanes, widen, product):
+    """Whole vectors are loaded, widened and multiplied, and no accumulator is spilled."""
+    machine = llvm_code.target_machine(triple, cpu)
+    vectors = cpu_tiles.find_vectors(machine)
+    assert vectors.lanes == lanes and set(vectors.kinds) == widen.keys() and not vectors.has_dot
+    for kind, conversion in widen.items():
+        a = cpu_tiles.Fma(kind, vectors.lanes, vectors.registers)
+        for write, num_args in ((cpu_tiles.write_score, 6), (cpu_tiles.write_weigh, 6)):
+            for T in (1, 8):
+                code = llvm_code.assembly(machine, write, [llvm_code.I64] * num_args, a, T)
+                assert re.search(conversion, code) and re.search(product, code), (kind, T, code)
+                spills = re.findall(r"v?mov[au]ps\s+%[xyz]mm\d+, -?\d*\(%rsp|st[rp]\s+q.*\[sp",
+                                    code)
+                assert len(spills) <= (8 if triple == ARM else 0), (kind, T, spills)
+
+
+def test_narrower_processors_get_the_tiles_that_they_have():
+    """Numba compiles for the processor that NUMBA_CPU_NAME names: the path follows it."""
+    if llvm_code.target_machine().triple.split("-")[0] != "x86_64" or not cpu_tiles.HERE.lanes:
+        pytest.skip("needs an x86 processor with AVX2")
+    path = "import cpu_attn; print(cpu_attn.fastest_path('fp16', 64, 16))"
+    decode = """
+import numpy as np
+from kernels.test_kernels import paged_case, relative
+q, k, v, table, lens = paged_case(np.random.default_rng(0), 2, 4, 2, 64, 16, [5, 700], "fp16")
+out = np.empty_like(q)
+cpu_attn.paged_decode(q, k, v, table, lens, out, 0.1, "fp16")
+print(relative(out, cpu_attn.paged_decode_reference(q, k, v, table, lens, 0.1, "fp16")))
+"""
+    for cpu, code, want in (("nehalem", path, "portable"), ("znver2", path + decode, "fma")):
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True,
+            text=True, env=os.environ | {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": ""})
+        assert done.returncode == 0, done.stderr
+        found, *error = done.stdout.split()
+        assert found == want and float((*error, 0)[0]) < 2e-6
+
+
+def test_a_path_is_chosen_or_refused_before_any_work():
+    assert cpu_attn.choose_path("auto", "fp16", 64, 16) == cpu_attn.fastest_path("fp16", 64, 16)
+    assert cpu_attn.choose_path("portable", "fp16", 20, 8) == "portable"
+    with pytest.raises(ValueError, match="cpu_attn 'avx': must be auto, .*portable"):
+        cpu_attn.choose_path("avx", "fp16", 64, 16)
+    if cpu_tiles.HERE.kinds:
+        with pytest.raises(ValueError, match="does not serve fp32, heads of 20 and blocks of 8"):
+            cpu_attn.choose_path("fma", "fp32", 20, 8)
+        with pytest.warns(UserWarning, match="no tile.*heads of 20"):
+            cpu_attn.choose_path("auto", "fp32", 20, 8)
 
 
 def test_read_bandwidth(monkeypatch):

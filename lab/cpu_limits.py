@@ -1,6 +1,6 @@
 """How fast CPU attention reads the KV cache, as a share of the machine's read bandwidth.
 
-    python -m lab.cpu_limits [--threads 2] [--rounds 15] [--peers]
+    python -m lab.cpu_limits [--threads 2] [--rounds 15] [--dtype fp16] [--peers]
 
 K and V take 256 MB or more, which no cache holds. Their blocks lie in a random order that changes
 each round. Machines drift: so the candidates take turns, the bandwidth is measured right before
@@ -27,18 +27,18 @@ MAX_DRIFT = 0.12            # of the bandwidth during a run that counts
 MIN_KV_BYTES = 256 << 20
 D, BLOCK = 128, 16
 HEADS = {"MHA 32": (32, 32), "GQA 32/8": (32, 8), "GQA 64/8": (64, 8)}      # (H, Hkv)
-LENGTHS = {"B=64 L=256": [256] * 64, "B=16 L=1024": [1024] * 16,
+LENGTHS = {"B=32 L=1024": [1024] * 32, "B=64 L=256": [256] * 64, "B=16 L=1024": [1024] * 16,
            "B=4 L=4096": [4096] * 4, "B=1 L=4096": [4096],
            "B=16 uneven": [97 + 211 * i for i in range(16)]}
 
 
-def ours(q, k, v, lens, path):
+def ours(q, k, v, lens, path, dtype):
     """Candidate: cpu_attn.paged_decode on one of its code paths."""
     out, seq_lens = np.empty_like(q), np.array(lens, np.int32)
 
     def run(table):
         start = time.perf_counter()
-        cpu_attn.paged_decode(q, k, v, table, seq_lens, out, D ** -0.5, "bf16", path)
+        cpu_attn.paged_decode(q, k, v, table, seq_lens, out, D ** -0.5, dtype, path)
         return time.perf_counter() - start
     return run
 
@@ -115,14 +115,16 @@ def main(argv=None):
     parser = Parser("CPU decode attention against read bandwidth.")
     parser.add_argument("--threads", type=int, default=numba.config.NUMBA_NUM_THREADS)
     parser.add_argument("--rounds", type=int, default=15, help="rounds of each case")
-    parser.add_argument("--peers", action="store_true", help="add torch's attention")
+    parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16", help="of the cache")
+    parser.add_argument("--peers", action="store_true", help="add torch's attention, in bf16")
     args = parser.parse_args(argv)
     try:
         cpu_attn.set_threads(args.threads)
     except ValueError as error:
         sys.exit(f"error: {error}")
     torch.set_num_threads(args.threads)
-    candidates = {path: partial(ours, path=path) for path in cpu_attn.PATHS}
+    candidates = {path: partial(ours, path=path, dtype=args.dtype) for path in cpu_attn.PATHS
+                  if cpu_attn.serves(path, args.dtype, D, BLOCK)}
     if args.peers:
         candidates["torch"] = torch_peer
     data = make_cache(DATA_BYTES // 2).view(np.uint8)
@@ -131,7 +133,7 @@ def main(argv=None):
     features = [name for name, there in binding.get_host_cpu_features().items()
                 if there and name.startswith(("avx512", "avx2", "neon", "bf16"))]
     print(f"threads    {args.threads}\nCPU        {cpu}: {', '.join(sorted(features))}\n"
-          f"path       {cpu_attn.PATHS[0]} for bf16, portable for the rest\n"
+          f"path       {cpu_attn.describe(next(iter(candidates)))}; {args.dtype}\n"
           f"bandwidth  {read_bandwidth(data, args.threads):.1f} GB/s now; measured again "
           "around every run\n")
     names = "".join(f"{name:>30s}" for name in candidates)
