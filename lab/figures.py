@@ -295,15 +295,19 @@ def figure_9(args):
               (H100, (1000, 2000)))
     beds = {f"{options['simulate']}, {n} in": (options, n)
             for options, lengths in inputs for n in lengths}
-    results, lines, panels = ratios(args, "9", beds)
-    for (bed, peak), panel in product(PAPER_9.items(), panels):
-        ours = [y for label, curve in panel.series.items()
-                if label.startswith(f"{bed},") and label.endswith("neo")
-                for y in curve.values()]
-        if ours:
-            there = f", paper {peak}" if panel is panels[0] else ""
-            lines.append(f"peak on {bed}, {panel.ylabel}: ours {max(ours):.2f}{there}; "
-                         f"least {min(ours):.2f}")
+    results, lines, of_base = ratios(args, "9", beds)
+    panels = []                 # one of each GPU, as a T4's ratios dwarf the others
+    for bed, peak in PAPER_9.items():
+        panels.append(Panel(f"{bed}: throughput of neo", {}, "tokens out", level=1.0))
+        for base, panel in zip(BASES, of_base, strict=True):
+            curves = {label.removeprefix(f"{bed}, ").removesuffix(" neo"): curve
+                      for label, curve in panel.series.items()
+                      if label.startswith(f"{bed},") and label.endswith("neo")}
+            panels[-1].series |= {f"{label}, over {base}": c for label, c in curves.items()}
+            if ours := [y for curve in curves.values() for y in curve.values()]:
+                there = f", paper {peak}" if base == "gpu-whole" else ""
+                lines.append(f"peak on {bed}, throughput / {base}: ours {max(ours):.2f}{there}; "
+                             f"least {min(ours):.2f}")
     return results, lines, panels
 
 
