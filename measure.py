@@ -2,12 +2,16 @@
 
 Made-up batches run through the code that serves. Knows no requests of users and no policy.
 """
+import contextlib
 import hashlib
 import json
 import math
 import os
 import statistics
+import tempfile
 import time
+import uuid
+import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +20,6 @@ import torch
 from tqdm import tqdm
 
 from kvcache import KVCache
-from perfmodel import POINT_KINDS, load_profile, save_profile
 from plan import Batch
 from request import Request, SamplingParams
 from sampling import SAMPLED_AT_ONCE, draw
@@ -26,8 +29,17 @@ from startup import CUDA_SHARE, GIB, device_name, fmt_gib
 GRAPH_BYTES = 256 << 20     # set aside for CUDA graphs: memory that torch does not count
 PROFILE_SECONDS = 8.0       # time for measuring the profile; what does not fit is left out
 PROFILE_VERSION = 7         # change it when what is measured changes
-# expanduser leaves "~" where there is no home: then the profile cannot be saved, and that is said
-PROFILE_DIR = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "neo"
+
+
+def cache_folder():
+    """Where profiles are kept. A user without a home has them in the folder of temporary files."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neo"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / "neo"
+
+
+PROFILE_DIR = cache_folder()
 
 
 # ------------------------------------------------------------- what the GPU has room for
@@ -163,6 +175,53 @@ def profile_points(model, kv, budget, threads):
         points = measure_profile(model, kv, budget)
         save_profile(path, key, points)
     return points
+
+
+# Numbers of a point of each kind: ms, and what it depends on
+POINT_KINDS = {"linear": 2, "lm_head": 2, "prefill": 2, "gpu_decode": 2, "cpu_decode": 3,
+               "transfer": 2}
+
+
+def load_profile(path, key):
+    """Points saved under exactly this key (a dict), or None. A file that cannot be read, or is not
+    what `save_profile` wrote, is warned about: measure again."""
+    try:
+        saved = json.loads(path.read_text())
+        points = saved["points"] if saved["key"] == key else None
+        if points is not None:
+            _check_points(points)
+        return points
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        warnings.warn(f"the profile {path} cannot be used ({type(error).__name__}: {error}): it is "
+                      "measured again", stacklevel=2)
+        return None
+
+
+def _check_points(points):
+    for kind, width in POINT_KINDS.items():
+        for point in points[kind]:
+            if len(point) != width or not point[-1] or not all(
+                    type(x) in (int, float) and 0 <= x < float("inf") for x in point):
+                raise ValueError(f"{kind}: {point!r:.60} is no point")
+    if not points["linear"] or not points["lm_head"]:
+        raise ValueError("points are missing")
+
+
+def save_profile(path, key, points):
+    """Write points, and the key that tells when they hold: all of it or nothing. Without a place to
+    write it warns."""
+    temporary = path.with_suffix(f".{uuid.uuid4().hex}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps({"key": key, "points": points}))
+        temporary.replace(path)
+    except OSError as error:
+        warnings.warn(f"the profile cannot be saved as {path} ({error}): the next start measures "
+                      "again", stacklevel=2)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 class Deadline:

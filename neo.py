@@ -25,15 +25,7 @@ from kvcache import KVCache
 from measure import measure_gpu_blocks, profile_points, warm_up
 from model import Model
 from options import Options, Parser, add_engine_flags, engine_options
-from perfmodel import (
-    Prediction,
-    Profile,
-    Roofline,
-    SimulatedModel,
-    Testbed,
-    busy_seconds,
-    find_testbed,
-)
+from perfmodel import Prediction, Profile, Roofline, SimulatedModel, busy_seconds, find_testbed
 from request import Request, RequestOutput, SamplingParams
 from sampling import sample
 from scheduler import Scheduler
@@ -113,7 +105,7 @@ class LLM:
             if self.points is None:
                 raise ValueError("simulate: this LLM is itself a simulation: it has no profile")
         else:
-            self.testbed = source if isinstance(source, Testbed) else find_testbed(source)
+            self.testbed = find_testbed(source) if isinstance(source, str) else source
             dtype = "fp16" if options.dtype == "auto" else options.dtype
             self.dtype = resolve_dtype(dtype, cfg, self.device)
             tiers = find_strategy(options.strategy).tiers
@@ -383,14 +375,10 @@ class LLM:
 
     def describe(self):
         """What was chosen, a line each."""
-        cfg, budget, bed = self.cfg, self.budget, self.testbed
+        cfg = self.cfg
         weights, threads, device = "no weights", "none", "simulated from a measured profile"
-        if bed:
-            device = (
-                f"simulated {bed.name}: {bed.tp} x {bed.gpu}, {bed.tflops:g} TFLOP/s x "
-                f"{bed.compute_eff:g}, {bed.gpu_bw:g} GB/s x {bed.memory_eff:g}; PCIe "
-                f"{bed.pcie_bw:g} GB/s; host {bed.cores} cores, {bed.host_gb:g} GiB, "
-                f"{bed.cpu_bw:g} GB/s. Not a measurement")
+        if self.testbed:
+            device = self.testbed.describe()
         elif not isinstance(self.model, SimulatedModel):
             device, threads = device_name(self.device), f"{self.cpu_threads} for CPU attention"
             weights = "random weights" if self.model.random_weights else "checkpoint"
@@ -398,19 +386,14 @@ class LLM:
             if self.device.type == "cpu":
                 device = f"CPU ({device}); a thread plays the GPU: an emulation, not a GPU"
                 threads = f"{self.gpu_threads} as the GPU, {threads}"
-        tiers = ", ".join(
-            f"{tier.upper()} {n * budget.block_size} tokens "
-            f"({fmt_gib(n * budget.block_bytes[tier])})" for tier, n in budget.num_blocks.items())
         return "\n".join((
             f"device     {device}",
             f"model      {self.name}: {cfg.num_params / 1e9:.2f} B parameters, {cfg.n_layer} "
             f"layers, {cfg.n_head}/{cfg.n_kv_head} heads of {cfg.head_dim}; {str(self.dtype)[6:]}, "
-            f"{fmt_gib(budget.weight_bytes)}: {weights}",
+            f"{fmt_gib(self.budget.weight_bytes)}: {weights}",
             f"threads    {threads}",
             f"attention  {self.model.describe_attention()}",
-            f"KV budget  {tiers}; blocks of {budget.block_size}",
-            f"limits     {budget.max_model_len} tokens per request, "
-            f"{budget.max_batch_tokens} prompt tokens per iteration"))
+            self.budget.describe()))
 
 
 # ------------------------------------------------------------------------------ command line

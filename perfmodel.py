@@ -18,10 +18,6 @@ One sub-batch alone is the case without B. Nobody waits for m in its own layer: 
 read in later iterations, and what is fetched comes a layer ahead. Knows no torch, no queues: plain
 numbers only, except the logits that the simulated model returns. Tested in test_neo.py.
 """
-import contextlib
-import json
-import uuid
-import warnings
 from bisect import bisect_left
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
@@ -187,53 +183,6 @@ class Profile(PerfModel):
         return a + b * n_bytes
 
 
-# Numbers of a point of each kind: ms, and what it depends on
-POINT_KINDS = {"linear": 2, "lm_head": 2, "prefill": 2, "gpu_decode": 2, "cpu_decode": 3,
-               "transfer": 2}
-
-
-def load_profile(path, key):
-    """Points saved under exactly this key (a dict), or None. A file that cannot be read, or is not
-    what `save_profile` wrote, is warned about: measure again."""
-    try:
-        saved = json.loads(path.read_text())
-        points = saved["points"] if saved["key"] == key else None
-        if points is not None:
-            _check_points(points)
-        return points
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        warnings.warn(f"the profile {path} cannot be used ({type(error).__name__}: {error}): it is "
-                      "measured again", stacklevel=2)
-        return None
-
-
-def _check_points(points):
-    for kind, width in POINT_KINDS.items():
-        for point in points[kind]:
-            if len(point) != width or not point[-1] or not all(
-                    type(x) in (int, float) and 0 <= x < float("inf") for x in point):
-                raise ValueError(f"{kind}: {point!r:.60} is no point")
-    if not points["linear"] or not points["lm_head"]:
-        raise ValueError("points are missing")
-
-
-def save_profile(path, key, points):
-    """Write points, and the key that tells when they hold: all of it or nothing. Without a place to
-    write it warns."""
-    temporary = path.with_suffix(f".{uuid.uuid4().hex}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({"key": key, "points": points}))
-        temporary.replace(path)
-    except OSError as error:
-        warnings.warn(f"the profile cannot be saved as {path} ({error}): the next start measures "
-                      "again", stacklevel=2)
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
 def _curve(points):
     """[[n, ms], ...] -> sorted (ns, ms), one median for each n.
 
@@ -310,6 +259,12 @@ class Testbed:
             if value < 0 or (value == 0 and not may_be_zero) or (share and value > 1):
                 limits = "above 0, at most 1" if share else "positive"
                 raise ValueError(f"testbed {self.name}: {f.name} = {value:g} must be {limits}")
+
+    def describe(self):
+        return (f"simulated {self.name}: {self.tp} x {self.gpu}, {self.tflops:g} TFLOP/s x "
+                f"{self.compute_eff:g}, {self.gpu_bw:g} GB/s x {self.memory_eff:g}; PCIe "
+                f"{self.pcie_bw:g} GB/s; host {self.cores} cores, {self.host_gb:g} GiB, "
+                f"{self.cpu_bw:g} GB/s. Not a measurement")
 
 
 # TFLOP/s, GiB and GB/s are those of NVIDIA's data sheets. PCIe: about 12, 25 and 50 GB/s were

@@ -140,6 +140,15 @@ class Budget:
                 f"holds {held} (its larger tier): raise --gpu-mem, --gpu-blocks or --cpu-mem, or "
                 "lower --max-model-len")
 
+    def describe(self):
+        """Both tiers and the limits, a line each."""
+        tiers = ", ".join(f"{tier.upper()} {n * self.block_size} tokens "
+                          f"({fmt_gib(n * self.block_bytes[tier])})"
+                          for tier, n in self.num_blocks.items())
+        return (f"KV budget  {tiers}; blocks of {self.block_size}\n"
+                f"limits     {self.max_model_len} tokens per request, "
+                f"{self.max_batch_tokens} prompt tokens per iteration")
+
 
 def fmt_gib(n):
     return f"{n / GIB:.2f} GiB"

@@ -37,11 +37,11 @@ from aim import best_aim
 from bounds import fluid_limit, pipelining_bound
 from checkpoint import PRESETS, load_config, load_tokenizer
 from kvcache import KVCache
+from measure import POINT_KINDS, load_profile, save_profile
 from model import rope_table
 from neo import LLM, SamplingParams
 from options import Options
 from perfmodel import (
-    POINT_KINDS,
     TESTBEDS,
     Load,
     PerfModel,
@@ -51,8 +51,6 @@ from perfmodel import (
     Work,
     find_testbed,
     layer_ms,
-    load_profile,
-    save_profile,
 )
 from plan import Plan
 from queues import Captures

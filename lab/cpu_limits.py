@@ -4,7 +4,8 @@
 
 K and V take 256 MB or more, which no cache holds. Their blocks lie in a random order that changes
 each round. Machines drift: so the candidates take turns, the bandwidth is measured right before
-and after each run, and a run counts only if the two agree within 12 %. The last line is JSON.
+and after each run, and a run counts only if the two agree within 12 %. Then follows how fast one
+thread is when K and V lie in its cache, beside the peak of its units. The last line is JSON.
 Knows nothing of the engine but cpu_attn. Test: pytest lab -k limits
 """
 import json
@@ -16,11 +17,15 @@ from functools import partial
 import numba
 import numpy as np
 import torch
-from llvmlite import binding
+from llvmlite import binding, ir
+from numba import njit, types
+from numba.extending import intrinsic
 from tqdm import tqdm
 
 import cpu_attn
 from kernels.cpu_bandwidth import DATA_BYTES, make_cache, read_bandwidth
+from kernels.cpu_tiles import HERE
+from kernels.llvm_code import F32, I32, Value, call, loop, variable
 from options import Parser
 
 MAX_DRIFT = 0.12            # of the bandwidth during a run that counts
@@ -102,6 +107,72 @@ def compare(heads, lens, threads, rounds, candidates, data):
     return found | {"bandwidth_gb_s": bandwidth}
 
 
+def hot_speed(heads, path, dtype, rounds=50):
+    """GB/s of one thread where K and V lie in its cache: 32 sequences that share 64 tokens. Only
+    the arithmetic sets this limit. The best of some rounds."""
+    (H, Hkv), B, n = heads, 32, 64
+    rng = np.random.default_rng(1)
+    k, v = (make_cache((n // BLOCK, Hkv, BLOCK, D)) for _ in "kv")
+    q = rng.standard_normal((B, H, D), dtype=np.float32)
+    table = np.tile(np.arange(n // BLOCK, dtype=np.int32), (B, 1))
+    run, threads = ours(q, k, v, [n] * B, path, dtype), numba.get_num_threads()
+    cpu_attn.set_threads(1)
+    seconds = min(run(table) for _ in range(rounds + 1))
+    cpu_attn.set_threads(threads)
+    return B * (k.nbytes + v.nbytes) / seconds / 1e9
+
+
+CHAINS = 12             # of multiply-adds that wait for each other: enough to keep all units busy
+
+
+@intrinsic
+def _multiply_adds(_, n):
+    """n multiply-adds of float32 vectors in each chain. Returns one of the numbers."""
+    def code(context, builder, signature, args):
+        n, kind = Value(builder, args[0]), ir.VectorType(F32, HERE.lanes)
+        chains = [variable(n.constant(1.0 + i, kind)) for i in range(CHAINS)]
+        with loop(n):
+            for x in chains:
+                call(f"llvm.fma.v{HERE.lanes}f32", x.emit("load"), n.constant(0.5, kind),
+                     n.constant(0.25, kind)).emit("store", x)
+        total = sum((x.emit("load") for x in chains[1:]), chains[0].emit("load"))
+        return total.emit("extract_element", I32(0)).value
+    return types.float32(types.int64), code
+
+
+@njit
+def _run_multiply_adds(n):
+    return _multiply_adds(n)
+
+
+def multiply_add_peak(n=300_000, rounds=20):
+    """10^9 float32 multiply-adds a second of one thread: the best of some rounds. NaN where there
+    are no vectors of them."""
+    if not HERE.lanes:
+        return float("nan")
+    _run_multiply_adds(1)
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        _run_multiply_adds(n)
+        seconds.append(time.perf_counter() - start)
+    return CHAINS * HERE.lanes * n / min(seconds) / 1e9
+
+
+def measure_hot(paths, dtype):
+    """The arithmetic limits, printed; {case: {path: GB/s}} and the peak of multiply-adds."""
+    peak = multiply_add_peak()
+    print(f"\none thread, K and V in its cache; peak {peak:.0f} G multiply-adds/s in float32")
+    found = {}
+    for kind, (H, Hkv) in HEADS.items():
+        found[kind] = {path: hot_speed((H, Hkv), path, dtype) for path in paths}
+        cells = "".join(
+            f"{path:>12s} {gb_s:5.1f} GB/s, {gb_s / 2 * H / Hkv / peak:4.0%} of the peak"
+            for path, gb_s in found[kind].items())
+        print(f"{kind:24s}{cells}")
+    return {"multiply_add_peak_g": peak, "gb_s": found}
+
+
 def describe(found):
     """A candidate's outcome as a cell of the table; None if no run of it counts."""
     if found is None:
@@ -152,8 +223,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
     bar.close()
-    print(json.dumps({"threads": args.threads, "cpu": cpu, "block_size": BLOCK, "head_dim": D,
-                      "results": results}))
+    hot = measure_hot([path for path in candidates if path != "torch"], args.dtype)
+    print(json.dumps({"threads": args.threads, "cpu": cpu, "dtype": args.dtype,
+                      "block_size": BLOCK, "head_dim": D, "results": results, "hot": hot}))
 
 
 if __name__ == "__main__":

@@ -166,7 +166,9 @@ def test_cpu_limits(monkeypatch, capsys):
     monkeypatch.setattr(cpu_limits, "HEADS", {"GQA 32/8": (32, 8)})
     monkeypatch.setattr(cpu_limits, "LENGTHS", {"B=2 uneven": [97, 17]})
     cpu_limits.main(["--threads", "1", "--rounds", "1", "--peers"])
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]["GQA 32/8 B=2 uneven"]
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    found, hot = printed["results"]["GQA 32/8 B=2 uneven"], printed["hot"]
+    assert hot["gb_s"]["GQA 32/8"].keys() == {*cpu_limits.cpu_attn.PATHS}
     bandwidth = found.pop("bandwidth_gb_s")
     assert found.keys() == {*cpu_limits.cpu_attn.PATHS, "torch"} and bandwidth > 0
     for r in found.values():
