@@ -119,9 +119,18 @@ def add_engine_flags(parser, leave_out=()):
             parser.add_argument(flag, type=kind, default=f.default, metavar=f.metadata["unit"],
                                 help=f.metadata["help"])
     if "simulate" not in leave_out:
-        parser.add_argument("--testbed", action="append", default=[], metavar="NUMBER=X",
-                            help="a number of the simulated testbed, in place of the preset's, "
-                            "such as cpu_bw=60 (names and units: perfmodel.Testbed)")
+        add_testbed_flag(parser)
+
+
+def add_testbed_flag(parser):
+    parser.add_argument("--testbed", action="append", default=[], metavar="NUMBER=X",
+                        help="a number of the simulated testbed, in place of the preset's, such as "
+                        "cpu_bw=60 (names and units: perfmodel.Testbed); may be repeated")
+
+
+def testbed_numbers(args):
+    """{number: its value as text} of --testbed."""
+    return dict(number.partition("=")[::2] for number in getattr(args, "testbed", []))
 
 
 def engine_options(args):
@@ -131,7 +140,7 @@ def engine_options(args):
     or number.
     """
     given = {f.name: getattr(args, f.name) for f in fields(Options)[2:] if hasattr(args, f.name)}
-    numbers = dict(number.partition("=")[::2] for number in getattr(args, "testbed", []))
+    numbers = testbed_numbers(args)
     if numbers and not args.simulate:
         raise ValueError(f"--testbed {next(iter(numbers))} changes a simulated testbed: "
                          "add --simulate TESTBED")

@@ -200,6 +200,8 @@ def test_figures(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         figures.main(["7"])
     assert "'7'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="no number 'soft'"):
+        figures.main(["8", "--testbed", "soft=1"])
     pytest.importorskip("matplotlib")
     files = tmp_path / "f.json", tmp_path / "f.png"
     figures.main(["6c", "--num-prompts", "10", "--result-filename", str(files[0]),
