@@ -28,10 +28,10 @@ from numba import njit, prange
 from kernels.cpu_tiles import (
     HERE,
     LOG2E,
-    TILE_HEADS,
     dot_item,
     finish,
     fma_item,
+    heads_of_tile,
 )
 
 # Numba's own "workqueue" takes 130 us for a launch, and two threads must not launch at once.
@@ -397,7 +397,7 @@ def paged_decode(q, k_cache, v_cache, block_table, seq_lens, out, scale, dtype="
         path = "portable"
     T, P = 1, G
     if path != "portable":
-        T = next((heads for heads in TILE_HEADS if heads >= G), TILE_HEADS[-1])
+        T = heads_of_tile(path, G)
         P = -(-G // T) * T
     if q.dtype != np.float32:
         q = to_float64(q, dtype).astype(np.float32)

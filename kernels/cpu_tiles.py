@@ -1,8 +1,8 @@
 """Tiles of CPU attention: its inner loops in LLVM vector code, for whatever vectors there are.
 
 A tile takes T = 1, 2, 4 or 8 heads of one group together, so that K and V are read, and widened,
-once for all of them. The tiles are written once; what differs between processors and dtypes is in
-two classes of vector arithmetic:
+once for all of them; 8 only with vectors of 16 lanes, as narrower ones gain nothing from it. The
+tiles are written once; what differs between processors and dtypes is in two classes:
 
     Dot     AVX512-BF16. One `vdpbf16ps` adds the products of two bf16 pairs to each of 16 float32
             lanes: 32 products. It rounds q and the weights to bf16
@@ -17,7 +17,7 @@ NAME_reference says in NumPy what the tile NAME computes:
 Each tile is an LLVM function of its own. Inlined into one function, all of them together would
 need more registers for addresses than there are. Every cache line of K and V is prefetched AHEAD
 bytes before it is read. With T = 1 (no GQA) a block is one run of 128 KB and the processor's own
-prefetcher keeps up: there, every second line (Dot) or none (Fma) is faster.
+prefetcher keeps up: there, Dot is faster with every second line.
 
 Addresses and strides are int64 numbers of bytes. Numba's cache of cpu_attn.py does not notice
 changes here: touch cpu_attn.py after an edit. Knows nothing of threads, or of how work items are
@@ -62,7 +62,6 @@ from kernels.llvm_code import (
     variable,
 )
 
-TILE_HEADS = 1, 2, 4, 8      # the possible T
 AHEAD = 16384                # bytes between what is prefetched and what is read
 LOG2E = np.float32(1.4426950408889634)
 
@@ -74,14 +73,15 @@ LOG2E = np.float32(1.4426950408889634)
 # dims        of a row of K or V in one vector, which takes `nbytes`
 # per_vector  accumulators that weighing one vector of V needs
 # wide        with T heads, vectors of V that are weighed at once
-# every       with T = 1, bytes from one prefetched line to the next; 0: none
+# every       with T = 1, bytes from one prefetched line to the next
+# heads       the possible T
 # shift       o has 2^shift times the bytes of the row of V that it belongs to; q: q_shift
 
 
 class Dot:
     """Arithmetic on pairs of bf16, of two dims in `score` and of two tokens in `weigh`."""
     lanes, sums, dims, nbytes, per_vector = 16, 16, 32, 64, 2
-    wide, every = {1: 4, 2: 4, 4: 2, 8: 1}, 128
+    wide, every, heads = {1: 4, 2: 4, 4: 2, 8: 1}, 128, (1, 2, 4, 8)
     shift, q_shift, weight_shift = 1, 0, 1
 
     def __repr__(self):
@@ -137,13 +137,14 @@ class Dot:
 
 class Fma:
     """Arithmetic in float32. kind: "bf16", "fp16" or "fp32", the dtype of the cache."""
-    per_vector, every, weight_shift = 1, 0, 0
+    per_vector, every, weight_shift = 1, 64, 0
 
     def __init__(self, kind, lanes, registers):
         self.kind, self.lanes, self.dims, self.sums = kind, lanes, lanes, max(lanes, registers // 2)
         self.nbytes = lanes * (4 if kind == "fp32" else 2)
         self.shift = self.q_shift = 0 if kind == "fp32" else 1
-        self.wide = {T: max(1, min(8, self.sums // T)) for T in TILE_HEADS}
+        self.heads = (1, 2, 4, 8) if lanes == 16 else (1, 2, 4)
+        self.wide = {T: min(8, self.sums // T) for T in self.heads}
         self.floats, self.ints = (ir.VectorType(kind, lanes) for kind in (F32, I32))
 
     def __repr__(self):
@@ -283,10 +284,9 @@ def write_score(a, T, scores, k, row_bytes, q, tokens, ahead):
             rows = [first + row_bytes * (r + i) for i in range(together)]
             acc = [variable(k.constant(0.0, ir.VectorType(F32, a.lanes)))
                    for _ in range(together * T)]
-            if every:
-                with loop(row_bytes, every) as col:
-                    for row in rows:
-                        prefetch(ahead + row + col)
+            with loop(row_bytes, every) as col:
+                for row in rows:
+                    prefetch(ahead + row + col)
             with loop(row_bytes, a.nbytes) as col:
                 x = [a.load(k + row + col) for row in rows]
                 for h in range(T):
@@ -350,12 +350,12 @@ def write_weigh(a, T, o, v, row_bytes, weights, tokens, ahead):
     for groups, start, end in spans[:1 if wide == 1 else 2]:
         step_bytes = (2 if isinstance(a, Dot) else 1) * a.nbytes * groups
         every = a.every if T == 1 else 64
-        lines = range(0, step_bytes, every) if every and step_bytes >= 64 else ()
+        lines = range(0, step_bytes, every) if step_bytes >= 64 else ()
         with loop(end, a.nbytes * groups, start) as col:
             places = [address(o, row_bytes * h << a.shift, col << a.shift, 4 * a.lanes * i)
                       for h in range(T) for i in range(n * groups)]
             acc = [variable(load(ir.VectorType(F32, a.lanes), place)) for place in places]
-            if every and not lines:
+            if not lines:
                 with loop(tokens * step_bytes, 64) as line:
                     prefetch(address(ahead, col * tokens, line))
             with loop(a.num_steps(tokens)) as t:
@@ -399,7 +399,7 @@ def tile(write, *kinds, arithmetic=None):
         if arithmetic is None:
             call_function(builder, write, args)
         else:
-            for T in TILE_HEADS:
+            for T in arithmetic.heads:
                 with builder.if_then(builder.icmp_signed("==", args[0], I64(T))):
                     call_function(builder, write, args[1:], arithmetic, T)
         return context.get_dummy_value()
@@ -501,6 +501,12 @@ def make_item(a):
                     weigh(T, o_data + g * D * 4, here + h * head_bytes, row_bytes,
                           w_data + (g * width + j * T) * w_bytes, min(bs, n - j), ahead)
     return item
+
+
+def heads_of_tile(path, G):
+    """T for groups of G heads on a path, "dot" or "fma"."""
+    heads = (1, 2, 4, 8) if path == "dot" or HERE.lanes == 16 else (1, 2, 4)
+    return next((T for T in heads if T >= G), heads[-1])
 
 
 def item_of(arithmetics):

@@ -297,8 +297,7 @@ def element_bits(x, kind):
     return bits(x) if kind == "bf16" else x.astype({"fp16": np.float16, "fp32": np.float32}[kind])
 
 
-@pytest.mark.parametrize("name", ARITHMETICS)
-@pytest.mark.parametrize("T", cpu_tiles.TILE_HEADS)
+@pytest.mark.parametrize("T, name", [(T, name) for name, a in ARITHMETICS.items() for T in a.heads])
 def test_tiles_equal_their_references(T, name):
     """An odd number of tokens, D that fills no wide group, and NaN where nothing may be read."""
     narrow, score, softmax, weigh, finish, _ = compiled_tiles(name)
@@ -361,7 +360,8 @@ def test_a_work_item_of_tiles_equals_reference(H, Hkv, D, bs, n, name):
     dot, kind = name == "dot", getattr(ARITHMETICS[name], "kind", "bf16")
     q, k, v, table, seq_lens = paged_case(np.random.default_rng(n), 1, H, Hkv, D, bs, [n], kind)
     G = H // Hkv
-    T = next((heads for heads in cpu_tiles.TILE_HEADS if heads >= G), 8)
+    heads = ARITHMETICS[name].heads
+    T = next((T for T in heads if T >= G), heads[-1])
     P = -(-G // T) * T
     width = max(n, D) + 16
     q_rows, weights = np.empty((Hkv * P, D), np.float32), np.empty((Hkv * P, width), np.uint16)
@@ -403,7 +403,7 @@ def test_what_llvm_makes_of_the_tiles_for_other_processors(triple, cpu, lanes, w
     for kind, conversion in widen.items():
         a = cpu_tiles.Fma(kind, vectors.lanes, vectors.registers)
         for write, num_args in ((cpu_tiles.write_score, 6), (cpu_tiles.write_weigh, 6)):
-            for T in (1, 8):
+            for T in (1, a.heads[-1]):
                 code = llvm_code.assembly(machine, write, [llvm_code.I64] * num_args, a, T)
                 assert re.search(conversion, code) and re.search(product, code), (kind, T, code)
                 spills = re.findall(r"v?mov[au]ps\s+%[xyz]mm\d+, -?\d*\(%rsp|st[rp]\s+q.*\[sp",
