@@ -25,14 +25,8 @@ import numba
 import numpy as np
 from numba import njit, prange
 
-from kernels.cpu_tiles import (
-    HERE,
-    LOG2E,
-    dot_item,
-    finish,
-    fma_item,
-    heads_of_tile,
-)
+from kernels.cpu_tiles import LOG2E, dot_item, finish, fma_item, heads_of_tile
+from kernels.cpu_vectors import HERE
 
 # Numba's own "workqueue" takes 130 us for a launch, and two threads must not launch at once.
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]

@@ -28,7 +28,7 @@ import cpu_attn
 import gpu_attn
 from checkpoint import PRESETS
 from gpu_attn import TorchOps
-from kernels import cpu_bandwidth, cpu_tiles, llvm_code
+from kernels import cpu_bandwidth, cpu_tiles, cpu_vectors, llvm_code
 from model import rope_table
 
 GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -235,8 +235,8 @@ def plain_call(name, *args, result=None):
 
 
 ARITHMETICS = {
-    "dot": cpu_tiles.Dot(), "AVX2": cpu_tiles.Fma("fp16", 8, 16),
-    "AVX-512F": cpu_tiles.Fma("bf16", 16, 32), "NEON": cpu_tiles.Fma("fp32", 4, 32)}
+    "dot": cpu_vectors.Dot(), "AVX2": cpu_vectors.Fma("fp16", 8, 16),
+    "AVX-512F": cpu_vectors.Fma("bf16", 16, 32), "NEON": cpu_vectors.Fma("fp32", 4, 32)}
 
 
 @cache
@@ -269,8 +269,8 @@ def compiled_tiles(name):
     item = cpu_tiles.make_item(a)
     functions = narrow, score, softmax, weigh, finish, item
     with pytest.MonkeyPatch.context() as patch:
-        if not cpu_tiles.HERE.has_dot:
-            patch.setattr(cpu_tiles, "call", plain_call)
+        if not cpu_vectors.HERE.has_dot:
+            patch.setattr(cpu_vectors, "call", plain_call)
         i, f = "int64", "float32"
         of = [(i, i, f, i), [i] * 7, [i] * 6, [i] * 7, (i, i, f, i, i)]
         for function, types in zip(functions, of, strict=False):
@@ -398,10 +398,10 @@ X86, ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
 def test_what_llvm_makes_of_the_tiles_for_other_processors(triple, cpu, lanes, widen, product):
     """Whole vectors are loaded, widened and multiplied, and no accumulator is spilled."""
     machine = llvm_code.target_machine(triple, cpu)
-    vectors = cpu_tiles.find_vectors(machine)
+    vectors = cpu_vectors.find_vectors(machine)
     assert vectors.lanes == lanes and set(vectors.kinds) == widen.keys() and not vectors.has_dot
     for kind, conversion in widen.items():
-        a = cpu_tiles.Fma(kind, vectors.lanes, vectors.registers)
+        a = cpu_vectors.Fma(kind, vectors.lanes, vectors.registers)
         for write, num_args in ((cpu_tiles.write_score, 6), (cpu_tiles.write_weigh, 6)):
             for T in (1, a.heads[-1]):
                 code = llvm_code.assembly(machine, write, [llvm_code.I64] * num_args, a, T)
@@ -413,7 +413,7 @@ def test_what_llvm_makes_of_the_tiles_for_other_processors(triple, cpu, lanes, w
 
 def test_narrower_processors_get_the_tiles_that_they_have():
     """Numba compiles for the processor that NUMBA_CPU_NAME names: the path follows it."""
-    if llvm_code.target_machine().triple.split("-")[0] != "x86_64" or not cpu_tiles.HERE.lanes:
+    if llvm_code.target_machine().triple.split("-")[0] != "x86_64" or not cpu_vectors.HERE.lanes:
         pytest.skip("needs an x86 processor with AVX2")
     path = "import cpu_attn; print(cpu_attn.fastest_path('fp16', 64, 16))"
     decode = """
@@ -438,7 +438,7 @@ def test_a_path_is_chosen_or_refused_before_any_work():
     assert cpu_attn.choose_path("portable", "fp16", 20, 8) == "portable"
     with pytest.raises(ValueError, match="cpu_attn 'avx': must be auto, .*portable"):
         cpu_attn.choose_path("avx", "fp16", 64, 16)
-    if cpu_tiles.HERE.kinds:
+    if cpu_vectors.HERE.kinds:
         with pytest.raises(ValueError, match="does not serve fp32, heads of 20 and blocks of 8"):
             cpu_attn.choose_path("fma", "fp32", 20, 8)
         with pytest.warns(UserWarning, match="no tile.*heads of 20"):

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import cpu_attn
 from kernels.cpu_bandwidth import DATA_BYTES, make_cache, read_bandwidth
-from kernels.cpu_tiles import HERE
+from kernels.cpu_vectors import HERE
 from kernels.llvm_code import F32, I32, Value, call, loop, variable
 from options import Parser
 
