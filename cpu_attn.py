@@ -18,6 +18,7 @@ Knows nothing of torch, requests or policy. Glossary of symbols: model.py.
 
     python -m pytest kernels/test_kernels.py -k "cpu_attention or store_kv"
 """
+import functools
 import threading
 import warnings
 
@@ -314,6 +315,7 @@ def fastest_path(dtype, head_dim, block_size):
     return next(path for path in PATHS if serves(path, dtype, head_dim, block_size))
 
 
+@functools.cache                # every call of paged_decode asks
 def serves(path, dtype, head_dim, block_size):
     """Can a path of this processor compute this?"""
     if path == "portable":

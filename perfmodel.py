@@ -261,6 +261,7 @@ class Testbed:
                 raise ValueError(f"testbed {self.name}: {f.name} = {value:g} must be {limits}")
 
     def describe(self):
+        """Its main numbers in one line, and that they are no measurement."""
         return (f"simulated {self.name}: {self.tp} x {self.gpu}, {self.tflops:g} TFLOP/s x "
                 f"{self.compute_eff:g}, {self.gpu_bw:g} GB/s x {self.memory_eff:g}; PCIe "
                 f"{self.pcie_bw:g} GB/s; host {self.cores} cores, {self.host_gb:g} GiB, "

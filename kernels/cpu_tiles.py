@@ -26,6 +26,7 @@ chosen.
 
     python -m pytest kernels/test_kernels.py -k tile
 """
+import functools
 import operator
 
 import numpy as np
@@ -96,7 +97,7 @@ def write_score(a, T, scores, k, row_bytes, q, tokens, ahead):
     Then additions reduce them to vectors, the scores [R, T].
     """
     R, every = a.sums // T, a.every if T == 1 else 64
-    together = min(R, a.rows_together(T))               # rows of K that share a load of q
+    together = a.rows_together(T)                       # rows of K that share a load of q
     with loop(tokens * (4 * T), 4 * a.sums) as offset:
         first = (offset >> (4 * T).bit_length() - 1) * row_bytes
         totals = []
@@ -134,24 +135,20 @@ def write_softmax(a, T, scores, weights, tokens, maxima, sums):
     """
     low = scores.constant(-3e38, ir.VectorType(F32, a.lanes))
     start, end = tokens * (4 * T), ((tokens + 15) & -16) * (4 * T)
-    size = 4 * a.lanes
+    size = 4 * a.lanes                                   # T divides lanes
     with loop(end, size, start) as offset:               # the scores there may be anything
         store(low, scores + offset)
-    parts = range(0, max(size, 4 * T), size)             # vectors until all T heads have come
-    tops = [variable(low) for _ in parts]
-    with loop(end, size * len(parts)) as offset:
-        for part, top in zip(parts, tops, strict=True):
-            larger(top.emit("load"), load(low.type, scores + offset + part)).emit("store", top)
-    tops = [fold(larger, top.emit("load"), T) for top in tops]
-    totals = [variable(scores.constant(0.0, low.type)) for _ in parts]
-    with loop(end, size * len(parts)) as offset:
-        for part, top, total in zip(parts, tops, totals, strict=True):
-            x = load(low.type, scores + offset + part) - top
-            y = a.exp2(x, weights + ((offset + part) >> a.weight_shift), T)
-            (total.emit("load") + y).emit("store", total)
-    for part, top, total in zip(parts, tops, totals, strict=True):
-        store(top, maxima + part)
-        store(fold(operator.add, total.emit("load"), T), sums + part)
+    top = variable(low)
+    with loop(end, size) as offset:
+        larger(top.emit("load"), load(low.type, scores + offset)).emit("store", top)
+    top = fold(larger, top.emit("load"), T)
+    total = variable(scores.constant(0.0, low.type))
+    with loop(end, size) as offset:
+        x = load(low.type, scores + offset) - top
+        y = a.exp2(x, weights + (offset >> a.weight_shift), T)
+        (total.emit("load") + y).emit("store", total)
+    store(top, maxima)
+    store(fold(operator.add, total.emit("load"), T), sums)
 
 
 def weigh_reference(o, v, weights):
@@ -168,7 +165,7 @@ def write_weigh(a, T, o, v, row_bytes, weights, tokens, ahead):
     whole = row_bytes & (-a.nbytes * wide)               # nbytes and wide are powers of 2
     spans = [(wide, None, whole), (1, whole, row_bytes)]
     for groups, start, end in spans[:1 if wide == 1 else 2]:
-        step_bytes = (2 if isinstance(a, Dot) else 1) * a.nbytes * groups
+        step_bytes = a.step_tokens * a.nbytes * groups
         every = a.every if T == 1 else 64
         lines = range(0, step_bytes, every) if step_bytes >= 64 else ()
         with loop(end, a.nbytes * groups, start) as col:
@@ -323,6 +320,7 @@ def make_item(a):
     return item
 
 
+@functools.cache                # every call of paged_decode asks
 def heads_of_tile(path, G):
     """T for groups of G heads on a path, "dot" or "fma"."""
     a = Dot() if path == "dot" else Fma("fp32", HERE.lanes, HERE.registers)

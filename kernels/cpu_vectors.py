@@ -41,14 +41,17 @@ from kernels.llvm_code import (
 # wide        with T heads, vectors of V that are weighed at once
 # every       with T = 1, bytes from one prefetched line to the next
 # heads       the possible T
-# shift       o has 2^shift times the bytes of the row of V that it belongs to; q: q_shift
+# step_tokens tokens that one step of `weigh` adds
+# shift       a row of o has 2^shift times the bytes of the row of V that it belongs to
+# q_shift     a row of q has 2^q_shift times the bytes of a row of K
+# weight_shift    scores have 2^weight_shift times the bytes of weights
 
 
 class Dot:
     """Arithmetic on pairs of bf16, of two dims in `score` and of two tokens in `weigh`."""
     lanes, sums, dims, nbytes, per_vector = 16, 16, 32, 64, 2
     wide, every, heads = {1: 4, 2: 4, 4: 2, 8: 1}, 128, (1, 2, 4, 8)
-    shift, q_shift, weight_shift = 1, 0, 1
+    step_tokens, shift, q_shift, weight_shift = 2, 1, 0, 1
 
     def __repr__(self):
         return "dot"
@@ -103,10 +106,10 @@ class Dot:
 
 class Fma:
     """Arithmetic in float32. kind: "bf16", "fp16" or "fp32", the dtype of the cache."""
-    per_vector, every, weight_shift = 1, 64, 0
+    per_vector, every, step_tokens, weight_shift = 1, 64, 1, 0
 
     def __init__(self, kind, lanes, registers):
-        self.kind, self.lanes, self.dims, self.sums = kind, lanes, lanes, max(lanes, registers // 2)
+        self.kind, self.lanes, self.dims, self.sums = kind, lanes, lanes, registers // 2
         self.nbytes = lanes * (4 if kind == "fp32" else 2)
         self.shift = self.q_shift = 0 if kind == "fp32" else 1
         self.heads = (1, 2, 4, 8) if lanes == 16 else (1, 2, 4)
@@ -159,6 +162,7 @@ EXP2_F32 = 0.99999994, 0.69315296, 0.24015453, 0.05582361, 0.00899258, 0.0018762
 
 
 def polynomial(coefficients, x):
+    """sum_n coefficients[n] x^n"""
     y = x.constant(coefficients[-1], x.type)
     for coefficient in coefficients[-2::-1]:
         y = call(f"llvm.fma.v{x.type.count}f32", y, x, x.constant(coefficient, x.type))

@@ -153,10 +153,9 @@ class Message(Strict):
             raise ValueError("messages: content must be a string or a list of "
                              '{"type": "text", "text": ...}')
         text = "".join(part["text"] for part in parts) if parts else self.content or ""
-        message = self.model_dump(exclude_none=True) | {"content": text}
-        message["tool_calls"] = [with_parsed_arguments(call) for call in self.tool_calls or []]
-        if not message["tool_calls"]:       # templates ask whether the key is there
-            del message["tool_calls"]
+        message = self.model_dump(exclude_none=True, exclude={"tool_calls"}) | {"content": text}
+        if self.tool_calls:                 # templates ask whether the key is there
+            message["tool_calls"] = [with_parsed_arguments(call) for call in self.tool_calls]
         return message
 
 
