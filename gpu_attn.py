@@ -24,8 +24,7 @@ import torch
 import torch.nn.functional as F
 
 import cpu_attn
-
-DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+import kv_format
 
 
 def as_numpy(tensor):
@@ -67,7 +66,10 @@ class Backend(ABC):
 
     @abstractmethod
     def store(self, k, v, k_cache, v_cache, slots):
-        """k, v [n, Hkv, D] -> caches [num_blocks, Hkv, bs, D] at slots [n]: block * bs + offset."""
+        """k, v [n, Hkv, D] -> caches [num_blocks, Hkv, bs, D] at slots [n]: block * bs + offset.
+
+        Here and in `decode`, caches may be int8 with scales: see kv_format.py.
+        """
 
     @abstractmethod
     def prefill(self, q, k, v, lens, kv_lens, out, scale):
@@ -99,10 +101,8 @@ class TorchAttention(Backend):
         return "torch"
 
     def store(self, k, v, k_cache, v_cache, slots):
-        bs = k_cache.shape[2]
-        block, offset = slots // bs, slots % bs
-        k_cache[block, :, offset] = k
-        v_cache[block, :, offset] = v
+        for rows, cache in ((k, k_cache), (v, v_cache)):
+            kv_format.write_rows(rows, cache, slots)
 
     def prefill(self, q, k, v, lens, kv_lens, out, scale):
         G = q.shape[1] // k.shape[1]
@@ -126,8 +126,8 @@ class TorchAttention(Backend):
     def decode(self, q, k_cache, v_cache, block_table, seq_lens, out, scale, lse=None):
         B, H, D = q.shape
         Hkv, tokens = k_cache.shape[1], block_table.shape[1] * k_cache.shape[2]
-        k, v = (cache[block_table].transpose(1, 2).reshape(B, Hkv, tokens, D)
-                for cache in (k_cache, v_cache))
+        k, v = (kv_format.convert(cache[block_table], q.dtype).transpose(1, 2)
+                .reshape(B, Hkv, tokens, D) for cache in (k_cache, v_cache))
         mask = torch.arange(tokens, device=q.device) < seq_lens[:, None]    # [B, tokens]
         mask = mask[:, None, None]
         o = F.scaled_dot_product_attention(
@@ -154,7 +154,8 @@ class NumbaAttention(TorchAttention):
         result = torch.empty(q.shape, dtype=torch.float32)
         cpu_attn.paged_decode(
             q.float().contiguous().numpy(), as_numpy(k_cache), as_numpy(v_cache),
-            block_table.numpy(), seq_lens.numpy(), result.numpy(), scale, DTYPE_NAMES[q.dtype],
+            block_table.numpy(), seq_lens.numpy(), result.numpy(), scale,
+            kv_format.NAMES[q.dtype],
             lse=None if lse is None else lse.numpy())
         out.copy_(result)
 

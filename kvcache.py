@@ -7,6 +7,8 @@ names:
     tiers["gpu"].k, .v   [L, num_blocks, Hkv, bs, D]    on the device
     tiers["cpu"].k, .v   [L, num_blocks, Hkv, bs, D]    ordinary host memory
 
+A tier in int8 has D + 4 bytes in place of D numbers: see kv_format.py.
+
 `bind` turns a scheduler's Batch into a `SubBatch`: the integers that the model needs, as tensors.
 The scheduler counts blocks in order to plan; this file owns them, and asserts that the counts were
 right: running short here is a scheduler bug. Knows no text, policy or model maths; of a request it
@@ -24,6 +26,7 @@ import torch
 
 import cpu_attn
 from gpu_attn import as_numpy
+from kv_format import NAMES, convert, row_width
 from perfmodel import Span
 
 HUGE_PAGE = 2 << 20
@@ -75,14 +78,15 @@ class Sequence:
 
 
 class Tier:
-    """One pool of blocks and its K and V, [L, num_blocks, Hkv, bs, D] of `dtype`."""
+    """One pool of blocks and its K and V, of `dtype`; shape: (L, Hkv, bs, D)."""
 
     def __init__(self, num_blocks, shape, dtype, device):
-        L, *block = shape
+        L, *block, D = shape
         self.num_blocks = num_blocks
         # a stack: a block that was just freed is still in the caches, so it is taken first
         self.free_blocks = list(range(num_blocks - 1, -1, -1))
-        self.k, self.v = (zeros((L, num_blocks, *block), dtype, device) for _ in "kv")
+        self.k, self.v = (zeros((L, num_blocks, *block, row_width(D, dtype)), dtype, device)
+                          for _ in "kv")
 
     def take(self, n):
         num_free = len(self.free_blocks)
@@ -108,13 +112,16 @@ class KVCache:
     geometry    (L, Hkv, D) of the KV that this process holds
     num_blocks  {tier: blocks}
     dtypes      {tier: torch dtype of its K and V}; swaps and copies convert between them
+    row_dtype   torch dtype of the rows k and v that are stored and fetched
     max_len     longest sequence, in tokens
     empty       keep the books only, for a simulation: K and V are "meta" tensors without memory
     """
 
-    def __init__(self, geometry, block_size, num_blocks, max_len, dtypes, device, empty=False):
+    def __init__(self, geometry, block_size, num_blocks, max_len, dtypes, row_dtype, device,
+                 empty=False):
         L, Hkv, D = geometry
         self.block_size, self.device = block_size, device
+        self.row_dtype, self.row_format = row_dtype, NAMES[row_dtype]
         where = {"gpu": device, "cpu": torch.device("cpu")}
         if empty:
             where = dict.fromkeys(where, torch.device("meta"))
@@ -245,7 +252,7 @@ class KVCache:
         they go through the pinned staging buffer, while the GPU computes."""
         if not self.stream:
             for src, dst in pairs:
-                dst[dst_ids] = src[src_ids].to(dst.dtype)
+                dst[dst_ids] = convert(src[src_ids], dst.dtype)
             return
         with torch.cuda.stream(self.stream):
             for src, dst in pairs:
@@ -261,12 +268,13 @@ class KVCache:
         shape = (len(from_ids), *host.shape[1:])
         stage = self.stage[:len(from_ids) * host[0].nbytes].view(host.dtype).view(shape)
         if src.is_cuda:
-            stage.copy_(src.index_select(0, from_ids), non_blocking=True)
+            stage.copy_(convert(src.index_select(0, from_ids), host.dtype), non_blocking=True)
             self.stream.synchronize()           # before the host reads the buffer
             dst.index_copy_(0, to_ids, stage)
         else:
             torch.index_select(src, 0, from_ids, out=stage)
-            dst.index_copy_(0, to_ids, stage.to(dst.device, dst.dtype, non_blocking=True))
+            there = stage.to(dst.device, non_blocking=True)
+            dst.index_copy_(0, to_ids, convert(there, dst.dtype))
             self.stream.synchronize()           # before the host overwrites the buffer
 
     # ---- a sub-batch for the model
@@ -380,7 +388,7 @@ class KVCache:
         """Start to store k, v [num_stored, Hkv, D] (NumPy) of prompts bound for the CPU tier. They
         are read in later iterations only; until `wait_stored` k and v must not change."""
         self.stores[b.index, layer] = self._carry("store", b, layer, lambda: cpu_attn.store_kv(
-            k, v, self.cpu_k[layer], self.cpu_v[layer], b.stored_slots))
+            k, v, self.cpu_k[layer], self.cpu_v[layer], b.stored_slots, self.row_format))
 
     def wait_stored(self, b, layer):
         """Wait until a layer's prompts are stored; raise what went wrong with that."""
@@ -431,7 +439,7 @@ class KVCache:
         return lens, torch.cat(parts[0]), torch.cat(parts[1])
 
     def _gather(self, cache, blocks):
-        """Blocks of a cache [num_blocks, Hkv, bs, D] -> [tokens, Hkv, D] on the device."""
+        """Blocks of a cache [num_blocks, Hkv, bs, .] -> [tokens, Hkv, D] on the device."""
         if cache.device.type == self.device.type:                   # "cuda" is not "cuda:0"
             found = cache[blocks]
         else:
@@ -439,4 +447,4 @@ class KVCache:
             stage = torch.empty(shape, dtype=cache.dtype, pin_memory=True)
             torch.index_select(cache, 0, blocks, out=stage)
             found = stage.to(self.device)       # waits for the porter's own stream alone
-        return found.transpose(1, 2).flatten(0, 1)
+        return convert(found, self.row_dtype).transpose(1, 2).flatten(0, 1)

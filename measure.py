@@ -106,7 +106,7 @@ def measure_gpu_blocks(model, budget, gpu_mem):
     model.captures = None
     try:
         kv = KVCache((depth, Hkv, D), budget.block_size, num_blocks, budget.max_model_len,
-                     budget.kv_dtypes, model.device)
+                     budget.kv_dtypes, budget.row_dtype, model.device)
         for b in largest_sub_batches(budget, kv, model.attn.padded):
             cuda.empty_cache()
             cuda.reset_peak_memory_stats()

@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 import cpu_attn
 from checkpoint import PRESETS, read_tensors
-from gpu_attn import DTYPE_NAMES, as_numpy
+from gpu_attn import as_numpy
+from kv_format import NAMES
 from kvcache import zeros
 from perfmodel import Span
 from queues import Captures, CudaQueue, ThreadQueue
@@ -99,7 +100,7 @@ class Model:
 
     name         a preset's name (random weights, drawn from `seed`) or a checkpoint folder
     dtype        torch dtype of weights and activations
-    cpu_dtype    torch dtype of the CPU tier's KV
+    row_dtype    torch dtype of the k and v rows that go to the CPU tier
     max_len      longest sequence for which RoPE is tabulated
     gpu_threads  cores of the emulated GPU (CPU device only)
     cpu_threads  cores for CPU attention
@@ -110,7 +111,7 @@ class Model:
     Raises ValueError on a checkpoint with missing, extra or misshapen tensors, or unreadable files.
     """
 
-    def __init__(self, name, cfg, dtype, cpu_dtype, device, max_len, gpu_threads, cpu_threads,
+    def __init__(self, name, cfg, dtype, row_dtype, device, max_len, gpu_threads, cpu_threads,
                  gpu_attn, cpu_path, eager=False, seed=0):
         self.cfg, self.dtype, self.device, self.cpu_threads = cfg, dtype, device, cpu_threads
         self.queue = CudaQueue() if device.type == "cuda" else ThreadQueue(gpu_threads)
@@ -118,7 +119,7 @@ class Model:
         self.cpu_path = cpu_path
         self.captures = None                        # made by allow_captures
         self.may_capture = gpu_attn.padded and not eager
-        self.cpu_dtype, self.cpu_format = cpu_dtype, DTYPE_NAMES[cpu_dtype]
+        self.row_dtype, self.row_format = row_dtype, NAMES[row_dtype]
         self.host = {}                              # sub-batch index -> HostBuffers
         self.cpu_spans, self.move_spans = [], []    # of the last run
         self.random_weights = name in PRESETS
@@ -295,9 +296,10 @@ class Model:
         attention."""
         start, host, n = time.perf_counter(), self.host[b.index].numpy, b.num_cpu
         k_cache, v_cache = kv.cpu_k[i], kv.cpu_v[i]
-        cpu_attn.store_kv(host("k")[:n], host("v")[:n], k_cache, v_cache, b.cpu_slots)
+        cpu_attn.store_kv(host("k")[:n], host("v")[:n], k_cache, v_cache, b.cpu_slots,
+                          self.row_format)
         cpu_attn.paged_decode(host("q")[:n], k_cache, v_cache, b.cpu_table, b.cpu_lens,
-                              host("o")[:n], self.cfg.head_dim ** -0.5, self.cpu_format,
+                              host("o")[:n], self.cfg.head_dim ** -0.5, self.row_format,
                               self.cpu_path)
         end = time.perf_counter()
         self.cpu_spans.append(Span("cpu", "cpu_attend", i, b.index, start, end))
@@ -407,7 +409,7 @@ class Model:
     def _place(self, b, kv):
         """-> (Activations, linear(layer), attend(layer)) of a SubBatch."""
         if b.index not in self.host:
-            self.host[b.index] = HostBuffers(*self.num_heads, self.cfg.head_dim, self.cpu_dtype,
+            self.host[b.index] = HostBuffers(*self.num_heads, self.cfg.head_dim, self.row_dtype,
                                              self.device.type == "cuda")
         self.host[b.index].fit(b.num_cpu, b.num_stored)
         placed = self.captures.place(b, kv) if self.captures else None

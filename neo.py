@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from checkpoint import StreamDecoder, load_config, load_tokenizer
 from cpu_attn import choose_path
-from gpu_attn import DTYPE_NAMES, choose
+from gpu_attn import choose
+from kv_format import NAMES
 from kvcache import KVCache
 from measure import measure_gpu_blocks, profile_points, warm_up
 from model import Model
@@ -74,14 +75,14 @@ class LLM:
             self.device, options.gpu_threads, options.cpu_threads)
         self.budget = budget = plan_budget(options, tiers, cfg, self.dtype, self.device)
         attn = choose(options.gpu_attn, self.device, self.dtype)
-        cpu_path = choose_path(options.cpu_attn, DTYPE_NAMES[budget.kv_dtypes["cpu"]], cfg.head_dim,
+        cpu_path = choose_path(options.cpu_attn, NAMES[budget.kv_dtypes["cpu"]], cfg.head_dim,
                                budget.block_size)
         self.tokenizer = load_tokenizer(self.name)
 
         start = time.perf_counter()
         torch.set_num_threads(cores)                        # to fill the weights
         self.model = Model(
-            self.name, cfg, self.dtype, budget.kv_dtypes["cpu"], self.device, budget.max_model_len,
+            self.name, cfg, self.dtype, budget.row_dtype, self.device, budget.max_model_len,
             self.gpu_threads, self.cpu_threads, attn, cpu_path, options.eager, options.seed)
         torch.set_num_threads(self.gpu_threads or cores)    # this thread samples: the GPU idles
         self.load_seconds = time.perf_counter() - start
@@ -90,7 +91,7 @@ class LLM:
             budget.num_blocks["gpu"] = measure_gpu_blocks(self.model, budget, options.gpu_mem)
             budget.check_length(options.strategy, tiers, options.max_model_len)
         self.kv = KVCache(self.model.kv_geometry, budget.block_size, budget.num_blocks,
-                          budget.max_model_len, budget.kv_dtypes, self.device)
+                          budget.max_model_len, budget.kv_dtypes, budget.row_dtype, self.device)
         self.clock, self.wait = time.perf_counter, time.sleep
         warm_up(self.model, self.kv)
         threads = [self.gpu_threads, self.cpu_threads]
@@ -112,14 +113,14 @@ class LLM:
             self.budget = plan_budget(options, tiers, cfg, self.dtype, self.device, self.testbed)
         budget, geometry = self.budget, (cfg.n_layer, cfg.n_kv_head, cfg.head_dim)
         self.kv = KVCache(geometry, budget.block_size, budget.num_blocks, budget.max_model_len,
-                          budget.kv_dtypes, self.device, empty=True)
+                          budget.kv_dtypes, budget.row_dtype, self.device, empty=True)
         self.model = SimulatedModel(self._new_perf())
         self.clock, self.wait = self.model.clock, self.model.wait
 
     def _new_perf(self):
         """A performance model before anything was observed."""
         if self.testbed:
-            return Roofline(self.testbed, self.cfg, self.dtype.itemsize)
+            return Roofline(self.testbed, self.cfg, self.dtype.itemsize, self.budget.token_bytes)
         return Profile(self.points, self.cfg.n_layer, self.budget.token_bytes)
 
     def reset(self, strategy):

@@ -29,6 +29,9 @@ class Options:
         None, float, "memory of the whole GPU: weights, activations and KV", "GIB")
     gpu_blocks: int = option(None, int, "KV blocks of the GPU tier; overrides --gpu-mem", "N")
     cpu_mem: float = option(None, float, "memory of the KV cache's CPU tier", "GIB")
+    cpu_kv: str = option(
+        "auto", str, "KV of the CPU tier: auto (as --dtype) or int8 (half the bytes, not exact)")
+    gpu_kv: str = option("auto", str, "KV of the GPU tier: auto or int8")
     block_size: int = option(None, int, "tokens per KV block (default 16)", "N")
     max_model_len: int = option(
         None, int, "longest prompt + output, in tokens (default: what model and cache allow, "

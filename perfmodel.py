@@ -89,6 +89,7 @@ class PerfModel:
 
     def __init__(self, n_layer, token_bytes):
         self.n_layer, self.token_bytes = n_layer, token_bytes
+        self.sent_bytes = token_bytes["cpu"]    # of k and v on their way to the CPU tier
 
     def load(self, work):
         """Work of a sub-batch -> its Load.
@@ -104,8 +105,8 @@ class PerfModel:
         begun = [before for before, _ in work.prompts if before]
         if begun:
             gpu_ms -= self.prefill(begun)
-        num_moved = work.num_stored + work.num_fetched
-        move_ms = self.transfer(num_moved * self.token_bytes["cpu"]) if num_moved else 0.0
+        moved = work.num_stored * self.sent_bytes + work.num_fetched * self.token_bytes["cpu"]
+        move_ms = self.transfer(moved) if moved else 0.0
         linear_ms = self.linear(work.num_rows) * self.gpu_scale if work.num_rows else 0.0
         return Load(linear_ms, gpu_ms * self.gpu_scale, self.cpu_time(work.num_cpu, work.cpu_kv),
                     move_ms)
@@ -313,18 +314,20 @@ class Roofline(PerfModel):
     """Times of a testbed: operations over rate or bytes over bandwidth, whichever takes longer.
 
     cfg       the model's geometry (checkpoint.Config)
-    itemsize  bytes of a weight and of a KV element
+    itemsize  bytes of a weight and of an element of k or v
+    token_bytes  {tier: bytes of one token's K and V in one layer}; default: of unrounded ones
     """
 
-    def __init__(self, bed, cfg, itemsize=2):
-        token_bytes = 2 * cfg.n_kv_head * cfg.head_dim * itemsize
-        super().__init__(cfg.n_layer, {"gpu": token_bytes, "cpu": token_bytes})
+    def __init__(self, bed, cfg, itemsize=2, token_bytes=None):
+        sent_bytes = 2 * cfg.n_kv_head * cfg.head_dim * itemsize
+        super().__init__(cfg.n_layer, token_bytes or {"gpu": sent_bytes, "cpu": sent_bytes})
+        self.sent_bytes = sent_bytes
         E, width = cfg.n_embd, cfg.n_head * cfg.head_dim
         self.bed, self.itemsize, self.width = bed, itemsize, width
         self.vocab_params = cfg.vocab_size * E
         vocab_matrices = 1 if cfg.tie_embeddings else 2
         self.layer_params = (cfg.num_params - self.vocab_params * vocab_matrices) / cfg.n_layer
-        self.row_bytes = 8 * width + token_bytes                    # q and output fp32; k and v
+        self.row_bytes = 8 * width + sent_bytes                     # q and output fp32; k and v
         self.flops = bed.tflops * bed.tp * bed.compute_eff * 1e9    # per ms
         self.bandwidth = bed.gpu_bw * bed.tp * bed.memory_eff * 1e6     # bytes per ms
         self.all_reduce = 2 * E * itemsize / (bed.link_gb * 1e6) if bed.tp > 1 else 0.0   # ms a row

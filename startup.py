@@ -14,10 +14,10 @@ import torch
 from llvmlite import binding
 
 import cpu_attn
-from gpu_attn import DTYPE_NAMES
+from kv_format import NAMES, kv_bytes
 
 GIB = 1 << 30
-DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+DTYPES = {name: dtype for dtype, name in NAMES.items() if dtype.is_floating_point}
 BLOCK_SIZE = 16                # tokens per block, the paper's
 MAX_MODEL_LEN = 8192           # cap of the default; sequences are longer only if asked for
 MAX_BATCH_TOKENS = 2048        # default prompt tokens per iteration
@@ -116,6 +116,7 @@ class Budget:
     """Memory and lengths of an engine, as `plan_budget` decided them."""
     block_size: int             # tokens per block
     kv_dtypes: dict             # {tier: torch dtype of its K and V}
+    row_dtype: torch.dtype      # of k and v rows on their way to the CPU tier
     token_bytes: dict           # {tier: bytes of one token's K and V in one layer}
     block_bytes: dict           # {tier: bytes of one block in all layers}
     weight_bytes: int
@@ -145,7 +146,9 @@ class Budget:
         tiers = ", ".join(f"{tier.upper()} {n * self.block_size} tokens "
                           f"({fmt_gib(n * self.block_bytes[tier])})"
                           for tier, n in self.num_blocks.items())
-        return (f"KV budget  {tiers}; blocks of {self.block_size}\n"
+        int8 = [tier.upper() for tier, dtype in self.kv_dtypes.items() if dtype == torch.int8]
+        note = f"; {' and '.join(int8)} tier in int8: outputs are not exact" if int8 else ""
+        return (f"KV budget  {tiers}; blocks of {self.block_size}{note}\n"
                 f"limits     {self.max_model_len} tokens per request, "
                 f"{self.max_batch_tokens} prompt tokens per iteration")
 
@@ -229,23 +232,34 @@ def check_numbers(options, cfg):
                          f"{cfg.max_position} positions")
 
 
-def tier_dtypes(dtype):
+def tier_dtypes(options, cfg, dtype):
     """{tier: torch dtype of its K and V} for a model of `dtype`."""
-    return {"gpu": dtype, "cpu": dtype}
+    dtypes, block_size = {}, options.block_size or BLOCK_SIZE
+    for tier in ("gpu", "cpu"):
+        name = getattr(options, f"{tier}_kv")
+        if name not in ("auto", "int8"):
+            raise ValueError(f"{tier}_kv {name!r}: must be auto or int8")
+        if name == "int8" and block_size * cfg.head_dim % 4:
+            raise ValueError(f"{tier}_kv int8 needs blocks of a multiple of 4 bytes: block_size = "
+                             f"{block_size} with heads of {cfg.head_dim} has none, take 16")
+        dtypes[tier] = torch.int8 if name == "int8" else dtype
+    return dtypes
 
 
 def size_up(options, cfg, dtype):
     """Options -> Budget without blocks: lengths, and the bytes that everything takes."""
     block_size = options.block_size or BLOCK_SIZE
     max_batch_tokens = options.max_batch_tokens or MAX_BATCH_TOKENS
-    kv_dtypes = tier_dtypes(dtype)
-    token_bytes = {tier: 2 * cfg.n_kv_head * cfg.head_dim * kv_dtype.itemsize
+    kv_dtypes = tier_dtypes(options, cfg, dtype)
+    token_bytes = {tier: kv_bytes(cfg.n_kv_head, cfg.head_dim, kv_dtype)
                    for tier, kv_dtype in kv_dtypes.items()}
     block_bytes = {tier: n * block_size * cfg.n_layer for tier, n in token_bytes.items()}
     # elements of one row: x, h, o | q, k, v, twice | gate, up, product of the FFN
     qkv = (cfg.n_head + 2 * cfg.n_kv_head) * cfg.head_dim
     row = 3 * cfg.n_embd + 2 * qkv + 3 * cfg.n_ffn
-    return Budget(block_size=block_size, kv_dtypes=kv_dtypes, token_bytes=token_bytes,
+    row_dtype = kv_dtypes["cpu"] if kv_dtypes["cpu"].is_floating_point else dtype
+    return Budget(block_size=block_size, kv_dtypes=kv_dtypes, row_dtype=row_dtype,
+                  token_bytes=token_bytes,
                   block_bytes=block_bytes, weight_bytes=cfg.num_params * dtype.itemsize,
                   activation_bytes=max_batch_tokens * row * dtype.itemsize,
                   max_model_len=options.max_model_len or min(cfg.max_position, MAX_MODEL_LEN),

@@ -82,7 +82,7 @@ def address(base, *offsets):
 
 def shuffle(x, y, lanes):
     """Lane i = lane lanes[i] of x followed by y."""
-    return x.emit("shuffle_vector", y, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+    return x.emit("shuffle_vector", y, ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes)))
 
 
 def splat(x, lanes=16):

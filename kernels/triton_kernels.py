@@ -40,12 +40,13 @@ def _dot(x, y, WIDE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["t_b", "o_s", "chunk"])
-def _decode(q, k_cache, v_cache, block_table, seq_lens, o, lse, scale,
+def _decode(q, k_cache, v_cache, k_scales, v_scales, block_table, seq_lens, o, lse, scale,
             q_b, q_h, c_b, c_h, t_b, o_b, o_h, o_s, bs, chunk, H,
             G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr,
-            N: tl.constexpr, LSE_UNIT: tl.constexpr, WIDE: tl.constexpr):
+            N: tl.constexpr, LSE_UNIT: tl.constexpr, WIDE: tl.constexpr, INT8: tl.constexpr):
     """q [B, H, D]; caches [num_blocks, Hkv, bs, D]; block_table [B, blocks]; seq_lens [B].
 
+    INT8: k_scales and v_scales are the caches read as float32 numbers: see kv_format.py.
     Writes o [B, H, chunks, D] and, in units of LSE_UNIT, lse [B, H, chunks] float32: of 1 for
     log2, of LN2 for ln, of 0 for none. G heads of D are padded to GP and DP, powers of two that
     a matrix product takes. N: tokens of a step.
@@ -71,20 +72,31 @@ def _decode(q, k_cache, v_cache, block_table, seq_lens, o, lse, scale,
             token = i + t
             live = token < end
             block = tl.load(block_table + b * t_b + token // bs, mask=live, other=0).to(tl.int64)
-            offset = (block * c_b + h * c_h + (token % bs) * D)[:, None] + d[None, :]   # [N, DP]
+            head = block * c_b + h * c_h
+            offset = (head + (token % bs) * D)[:, None] + d[None, :]            # [N, DP]
             read = live[:, None] & (d < D)[None, :]
-            k = tl.load(k_cache + offset, mask=read, other=0.0)
-            v = tl.load(v_cache + offset, mask=read, other=0.0)
+            k = tl.load(k_cache + offset, mask=read, other=0)
+            v = tl.load(v_cache + offset, mask=read, other=0)
+            if INT8:
+                at = (head + bs * D) // 4 + token % bs
+                # exact in bf16 and fp16; the interpreter knows no way from int8 to bf16
+                k, v = k.to(tl.float32).to(qi.dtype), v.to(tl.float32).to(qi.dtype)
+                k_scale = tl.load(k_scales + at, mask=live, other=0.0)
+                v_scale = tl.load(v_scales + at, mask=live, other=0.0)
             if G == 1:
                 x = tl.sum(qi.to(tl.float32) * k.to(tl.float32), 1)[None, :]
             else:
                 x = _dot(qi, tl.trans(k), WIDE)                                 # [GP, N]
             x = x * (scale * 1.4426950408889634)                    # exp(x) = exp2(x log2 e)
+            if INT8:
+                x = x * k_scale[None, :]
             x = tl.where(live[None, :], x, float("-inf"))
             higher = tl.maximum(top, tl.max(x, 1))
             p = tl.exp2(x - higher[:, None])
             fade = tl.exp2(top - higher)
             mass = mass * fade + tl.sum(p, 1)
+            if INT8:
+                p = p * v_scale[None, :]
             if G == 1:
                 pv = tl.sum(tl.trans(p) * v.to(tl.float32), 0)[None, :]
             else:
@@ -137,6 +149,23 @@ def _store(k, v, k_cache, v_cache, slots, k_n, v_n, c_b, c_h, bs, W,
         to = slot // bs * c_b + w // D * c_h + slot % bs * D + w % D
         tl.store(k_cache + to, tl.load(k + n * k_n + w, mask=w < W), mask=w < W)
         tl.store(v_cache + to, tl.load(v + n * v_n + w, mask=w < W), mask=w < W)
+
+
+@triton.jit
+def _store_int8(rows, cache, scales, slots, n_n, c_b, c_h, bs, D: tl.constexpr, DP: tl.constexpr):
+    """rows [n, Hkv, D] -> int8 cache [num_blocks, Hkv, bs, D + 4] at slots [n]; scales: the cache
+    read as float32 numbers."""
+    n, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    d = tl.arange(0, DP)
+    slot = tl.load(slots + n).to(tl.int64)
+    if slot >= 0:
+        head = slot // bs * c_b + h * c_h
+        x = tl.load(rows + n * n_n + h * D + d, mask=d < D, other=0.0).to(tl.float32)
+        top = tl.max(tl.abs(x), 0)
+        x = x * (127.0 / tl.maximum(top, 1e-30))
+        x = x + 12582912.0 - 12582912.0         # 1.5 * 2^23: what is left is the nearest integer
+        tl.store(cache + head + slot % bs * D + d, x.to(tl.int8), mask=d < D)
+        tl.store(scales + (head + bs * D) // 4 + slot % bs, top / 127.0)
 
 
 @triton.jit
@@ -202,7 +231,8 @@ def chunk_size(width, sequences_x_heads, processors):
 def paged_decode(q, k_cache, v_cache, block_table, seq_lens, out, scale, chunk=None, lse=None):
     """Attention of one new token per sequence over its paged cache, in place into `out`.
 
-    q, out       [B, H, D], D <= 256; caches [num_blocks, Hkv, bs, D]: bf16, fp16 or fp32
+    q, out       [B, H, D], D <= 256; caches [num_blocks, Hkv, bs, D]: bf16, fp16 or fp32, or
+                 [num_blocks, Hkv, bs, D + 4] int8 with scales (kv_format.py)
     block_table  [B, blocks] int32; seq_lens [B] int32; 0: a row of padding, out and lse stay
     chunk        tokens that a program takes, a multiple of 64; None: by size
     lse          None, or [B, H] float32, contiguous: log(sum over tokens of exp(scale q . k))
@@ -211,7 +241,7 @@ def paged_decode(q, k_cache, v_cache, block_table, seq_lens, out, scale, chunk=N
     _, Hkv, bs, _ = k_cache.shape
     width = block_table.shape[1] * bs
     assert D <= 256 and H % Hkv == 0 and q.stride(2) == out.stride(2) == 1
-    assert k_cache.stride()[2:] == (D, 1) and (lse is None or lse.is_contiguous())
+    assert k_cache.is_contiguous() and (lse is None or lse.is_contiguous())
 
     processors, has_mma = _gpu(q.device)
     chunk = chunk or chunk_size(width, B * Hkv, processors)
@@ -226,24 +256,36 @@ def paged_decode(q, k_cache, v_cache, block_table, seq_lens, out, scale, chunk=N
 
     G = H // Hkv
     GP = 1 if G == 1 else max(16, triton.next_power_of_2(G))
-    N = step_tokens(G, DP, k_cache.element_size(), has_mma)
+    N, int8 = step_tokens(G, DP, q.element_size(), has_mma), k_cache.dtype == torch.int8
     _decode[(B, Hkv, chunks)](
-        q, k_cache, v_cache, block_table, seq_lens, part, part_lse, scale,
+        q, k_cache, v_cache, _as_float32(k_cache), _as_float32(v_cache), block_table, seq_lens,
+        part, part_lse, scale,
         *q.stride()[:2], *k_cache.stride()[:2], block_table.stride(0), *part.stride()[:3],
         bs, chunk, H, G, D, GP, DP, N, LSE_UNIT=1.0 if chunks > 1 else unit,
-        WIDE=INTERPRETED and q.dtype == torch.bfloat16, num_warps=4, num_stages=2)
+        WIDE=INTERPRETED and q.dtype == torch.bfloat16, INT8=int8, num_warps=4, num_stages=2)
     if chunks > 1:
         _merge[(B, H)](part, part_lse, seq_lens, out, lse, out.stride(0), chunk, chunks, H, D, DP,
                        LSE_UNIT=unit, num_warps=1)
 
 
+def _as_float32(cache):
+    """An int8 cache read as float32 numbers: its scales are among them. Others are not read so."""
+    return cache.view(-1).view(torch.float32) if cache.dtype == torch.int8 else cache
+
+
 def store(k, v, k_cache, v_cache, slots):
     """k, v [n, Hkv, D] into caches [num_blocks, Hkv, bs, D] at slots [n]: block * bs + offset.
 
-    Rows with a slot below 0 are not stored.
+    Rows with a slot below 0 are not stored. Rounds to int8 where the caches are.
     """
     n, Hkv, D = k.shape
     assert k.stride()[1:] == v.stride()[1:] == (D, 1)
+    if k_cache.dtype == torch.int8:
+        for rows, cache in ((k, k_cache), (v, v_cache)):
+            _store_int8[(n, Hkv)](rows, cache, _as_float32(cache), slots, rows.stride(0),
+                                  *cache.stride()[:2], cache.shape[2], D,
+                                  triton.next_power_of_2(D), num_warps=1)
+        return
     _store[(n,)](k, v, k_cache, v_cache, slots, k.stride(0), v.stride(0), *k_cache.stride()[:2],
                  k_cache.shape[2], Hkv * D, D, triton.next_power_of_2(Hkv * D))
 

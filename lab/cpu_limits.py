@@ -1,11 +1,12 @@
 """How fast CPU attention reads the KV cache, as a share of the machine's read bandwidth.
 
-    python -m lab.cpu_limits [--threads 2] [--rounds 15] [--dtype fp16] [--peers]
+    python -m lab.cpu_limits [--threads 2] [--rounds 15] [--dtypes fp16,int8] [--peers]
 
 K and V take 256 MB or more, which no cache holds. Their blocks lie in a random order that changes
 each round. Machines drift: so the candidates take turns, the bandwidth is measured right before
-and after each run, and a run counts only if the two agree within 12 %. Then follows how fast one
-thread is when K and V lie in its cache, beside the peak of its units. The last line is JSON.
+and after each run, and a run counts only if the two agree within 12 %. With several dtypes the
+tokens per second are compared, too. Then follows how fast one thread is when K and V lie in its
+cache, beside the peak of its units. The last line is JSON.
 Knows nothing of the engine but cpu_attn. Test: pytest lab -k limits
 """
 import json
@@ -37,8 +38,19 @@ LENGTHS = {"B=32 L=1024": [1024] * 32, "B=64 L=256": [256] * 64, "B=16 L=1024": 
            "B=16 uneven": [97 + 211 * i for i in range(16)]}
 
 
+def int8_cache(shape):
+    """A new int8 cache of this shape [num_blocks, Hkv, bs, D]: random rows, equal scales."""
+    *outer, bs, D = shape
+    flat = np.empty((*outer, bs * (D + cpu_attn.SCALE_BYTES)), np.int8)
+    flat[:] = make_cache((bs * flat.shape[-1],)).view(np.int8)[:flat.shape[-1]]
+    flat[..., bs * D:].view(np.float32)[:] = 0.02
+    return flat.reshape(*outer, bs, -1)
+
+
 def ours(q, k, v, lens, path, dtype):
-    """Candidate: cpu_attn.paged_decode on one of its code paths."""
+    """Candidate: cpu_attn.paged_decode on one of its code paths. k, v: bits of 16-bit numbers."""
+    if dtype == "int8":
+        k, v = int8_cache(k.shape), int8_cache(v.shape)
     out, seq_lens = np.empty_like(q), np.array(lens, np.int32)
 
     def run(table):
@@ -75,7 +87,7 @@ def compare(heads, lens, threads, rounds, candidates, data):
 
     heads: (H, Hkv). lens: tokens of each sequence. data: uint8, for measuring the bandwidth.
     candidates: {name: f(q, k, v, lens)}; f returns run(block table) -> seconds.
-    Returns {name: {"share", "share_min", "share_max", "gb_s", "rounds"}, "bandwidth_gb_s"}.
+    Returns {name: {"share", "share_min", "share_max", "gb_s", "ms", "rounds"}, "bandwidth_gb_s"}.
     """
     (H, Hkv), B = heads, len(lens)
     rng = np.random.default_rng(1)
@@ -84,7 +96,8 @@ def compare(heads, lens, threads, rounds, candidates, data):
     k, v = (make_cache((num_blocks, Hkv, BLOCK, D)) for _ in "kv")
     q = rng.standard_normal((B, H, D), dtype=np.float32)
     runs = {name: prepare(q, k, v, lens) for name, prepare in candidates.items()}
-    kv_gb = 2 * sum(lens) * Hkv * D * 2 / 1e9
+    elements = 2 * sum(lens) * Hkv * D
+    kv_gb = {name: elements * bytes_of(name) / 1e9 for name in runs}
     speeds, bandwidths = {name: [] for name in runs}, []
     for i in range(rounds + 1):
         for name, run in runs.items():
@@ -94,32 +107,38 @@ def compare(heads, lens, threads, rounds, candidates, data):
             after = read_bandwidth(data, threads)
             if i and abs(before / after - 1) < MAX_DRIFT:   # the first round is warm-up
                 bandwidths.append((before + after) / 2)
-                gb_s = kv_gb / seconds
-                speeds[name].append((gb_s, gb_s / bandwidths[-1]))
+                gb_s = kv_gb[name] / seconds
+                speeds[name].append((gb_s, gb_s / bandwidths[-1], 1e3 * seconds))
     found = {}
-    for name, pairs in speeds.items():
-        if pairs:
-            gb_s, shares = zip(*pairs, strict=True)
+    for name, measured in speeds.items():
+        if measured:
+            gb_s, shares, ms = zip(*measured, strict=True)
             found[name] = {"share": statistics.median(shares),
                            "share_min": min(shares), "share_max": max(shares),
-                           "gb_s": statistics.median(gb_s), "rounds": len(pairs)}
+                           "gb_s": statistics.median(gb_s), "ms": statistics.median(ms),
+                           "rounds": len(measured)}
     bandwidth = statistics.median(bandwidths) if bandwidths else float("nan")
     return found | {"bandwidth_gb_s": bandwidth}
 
 
+def bytes_of(name):
+    """Bytes that an element of K or V takes with a candidate."""
+    return 1 + cpu_attn.SCALE_BYTES / D if name.endswith("int8") else 2
+
+
 def hot_speed(heads, path, dtype, rounds=50):
-    """GB/s of one thread where K and V lie in its cache: 32 sequences that share 64 tokens. Only
-    the arithmetic sets this limit. The best of some rounds."""
-    (H, Hkv), B, n = heads, 32, 64
+    """10^9 multiply-adds a second of one thread where K and V lie in its cache: 8 sequences of 512
+    tokens in the same 4 blocks. Only the arithmetic sets this limit. The best of some rounds."""
+    (H, Hkv), B, n = heads, 8, 512
     rng = np.random.default_rng(1)
-    k, v = (make_cache((n // BLOCK, Hkv, BLOCK, D)) for _ in "kv")
+    k, v = (make_cache((4, Hkv, BLOCK, D)) for _ in "kv")
     q = rng.standard_normal((B, H, D), dtype=np.float32)
-    table = np.tile(np.arange(n // BLOCK, dtype=np.int32), (B, 1))
+    table = np.tile(np.arange(4, dtype=np.int32), (B, n // BLOCK // 4))
     run, threads = ours(q, k, v, [n] * B, path, dtype), numba.get_num_threads()
     cpu_attn.set_threads(1)
     seconds = min(run(table) for _ in range(rounds + 1))
     cpu_attn.set_threads(threads)
-    return B * (k.nbytes + v.nbytes) / seconds / 1e9
+    return 2 * B * n * H * D / seconds / 1e9
 
 
 CHAINS = 12             # of multiply-adds that wait for each other: enough to keep all units busy
@@ -159,18 +178,18 @@ def multiply_add_peak(n=300_000, rounds=20):
     return CHAINS * HERE.lanes * n / min(seconds) / 1e9
 
 
-def measure_hot(paths, dtype):
-    """The arithmetic limits, printed; {case: {path: GB/s}} and the peak of multiply-adds."""
+def measure_hot(names):
+    """The arithmetic limits, printed: {case: {candidate: multiply-adds}} and the units' peak."""
     peak = multiply_add_peak()
     print(f"\none thread, K and V in its cache; peak {peak:.0f} G multiply-adds/s in float32")
     found = {}
     for kind, (H, Hkv) in HEADS.items():
-        found[kind] = {path: hot_speed((H, Hkv), path, dtype) for path in paths}
+        found[kind] = {name: hot_speed((H, Hkv), *name.split()) for name in names}
         cells = "".join(
-            f"{path:>12s} {gb_s:5.1f} GB/s, {gb_s / 2 * H / Hkv / peak:4.0%} of the peak"
-            for path, gb_s in found[kind].items())
+            f"{name:>16s} {rate * Hkv / H * bytes_of(name):5.1f} GB/s, {rate / peak:4.0%} of peak"
+            for name, rate in found[kind].items())
         print(f"{kind:24s}{cells}")
-    return {"multiply_add_peak_g": peak, "gb_s": found}
+    return {"multiply_add_peak_g": peak, "multiply_adds_g": found}
 
 
 def describe(found):
@@ -186,7 +205,8 @@ def main(argv=None):
     parser = Parser("CPU decode attention against read bandwidth.")
     parser.add_argument("--threads", type=int, default=numba.config.NUMBA_NUM_THREADS)
     parser.add_argument("--rounds", type=int, default=15, help="rounds of each case")
-    parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16", help="of the cache")
+    parser.add_argument("--dtypes", default="bf16", metavar="D,D",
+                        help="of the cache: bf16, fp16, int8")
     parser.add_argument("--peers", action="store_true", help="add torch's attention, in bf16")
     args = parser.parse_args(argv)
     try:
@@ -194,8 +214,13 @@ def main(argv=None):
     except ValueError as error:
         sys.exit(f"error: {error}")
     torch.set_num_threads(args.threads)
-    candidates = {path: partial(ours, path=path, dtype=args.dtype) for path in cpu_attn.PATHS
-                  if cpu_attn.serves(path, args.dtype, D, BLOCK)}
+    dtypes = args.dtypes.split(",")
+    if unknown := {*dtypes} - {"bf16", "fp16", "int8"}:
+        sys.exit(f"error: --dtypes {unknown.pop()}: must be bf16, fp16 or int8")
+    paths = cpu_attn.PATHS if len(dtypes) == 1 else cpu_attn.PATHS[:-1]     # else no plain loops
+    candidates = {f"{path} {dtype}": partial(ours, path=path, dtype=dtype)
+                  for dtype in dtypes for path in paths
+                  if cpu_attn.serves(path, dtype, D, BLOCK)}
     if args.peers:
         candidates["torch"] = torch_peer
     data = make_cache(DATA_BYTES // 2).view(np.uint8)
@@ -204,7 +229,7 @@ def main(argv=None):
     features = [name for name, there in binding.get_host_cpu_features().items()
                 if there and name.startswith(("avx512", "avx2", "neon", "bf16"))]
     print(f"threads    {args.threads}\nCPU        {cpu}: {', '.join(sorted(features))}\n"
-          f"path       {cpu_attn.describe(next(iter(candidates)))}; {args.dtype}\n"
+          f"paths      {', '.join(candidates)}\n"
           f"bandwidth  {read_bandwidth(data, args.threads):.1f} GB/s now; measured again "
           "around every run\n")
     names = "".join(f"{name:>30s}" for name in candidates)
@@ -218,13 +243,17 @@ def main(argv=None):
                 found = results[name] = compare(
                     heads, lens, args.threads, args.rounds, candidates, data)
                 cells = "".join(f"{describe(found.get(c)):>30s}" for c in candidates)
+                first = found.get(next(iter(candidates)))
+                for name in candidates if len(dtypes) > 1 else ():
+                    if name.endswith("int8") and first and name in found:
+                        cells += f"  {first['ms'] / found[name]['ms']:.2f}x tokens/s"
                 tqdm.write(f"{name:24s}{found['bandwidth_gb_s']:5.1f} GB/s  {cells}")
                 bar.update()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
     bar.close()
-    hot = measure_hot([path for path in candidates if path != "torch"], args.dtype)
-    print(json.dumps({"threads": args.threads, "cpu": cpu, "dtype": args.dtype,
+    hot = measure_hot([name for name in candidates if name != "torch"])
+    print(json.dumps({"threads": args.threads, "cpu": cpu, "dtypes": dtypes,
                       "block_size": BLOCK, "head_dim": D, "results": results, "hot": hot}))
 
 
