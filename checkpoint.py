@@ -1,5 +1,6 @@
 """What is on disk: a model's geometry (or a preset's), its tensors one at a time, its tokenizer.
 
+Llama, Mistral, Qwen2, Qwen2.5 and Qwen3 are one model with two switches in its Config.
 Reads Hugging Face folders (config.json, *.safetensors) and Meta's (params.json,
 consolidated.*.pth). Every error names the file or the tensor. Knows no devices, merged weights or
 requests. Glossary of symbols: model.py.
@@ -33,7 +34,7 @@ def require_positive(name, value):
 
 @dataclass(frozen=True)
 class Config:
-    """Geometry of a Llama model. Raises ValueError on what this engine cannot run."""
+    """Geometry of a model. Raises ValueError on what this engine cannot run."""
     n_layer: int
     n_head: int
     n_kv_head: int
@@ -46,6 +47,9 @@ class Config:
     rope_scaling: dict = None       # {"rope_type": "linear" | "llama3", "factor": ..., ...}
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
+    qkv_bias: bool = False          # q, k and v have a bias (Qwen2)
+    qk_norm: bool = False           # each head of q and k is normed before RoPE (Qwen3)
+    sliding_window: int = None      # tokens that a token attends to, itself included; None: all
     eos_ids: tuple = (2,)
     dtype: str = "bf16"             # of the checkpoint
 
@@ -55,8 +59,11 @@ class Config:
             require_whole(name, getattr(self, name))
         for name in ("rope_theta", "norm_eps"):
             require_positive(name, getattr(self, name))
-        if type(self.tie_embeddings) is not bool:
-            raise ValueError(f"tie_embeddings = {self.tie_embeddings!r}: must be true or false")
+        for name in ("tie_embeddings", "qkv_bias", "qk_norm"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: must be true or false")
+        if self.sliding_window is not None:
+            require_whole("sliding_window", self.sliding_window)
         if not all(type(t) is int for t in self.eos_ids):
             raise ValueError(f"eos_ids = {self.eos_ids!r}: must be token ids")
         # A vocabulary that was cut does not have the ids of its family: they can never come.
@@ -76,14 +83,14 @@ class Config:
 
     @property
     def num_params(self):
-        E, D = self.n_embd, self.head_dim
-        attention = E * D * (2 * self.n_head + 2 * self.n_kv_head)
-        layer = attention + 3 * E * self.n_ffn + 2 * E
+        E, D, num_qkv = self.n_embd, self.head_dim, self.n_head + 2 * self.n_kv_head
+        attention = E * D * (num_qkv + self.n_head) + D * num_qkv * self.qkv_bias
+        layer = attention + 3 * E * self.n_ffn + 2 * E + 2 * D * self.qk_norm
         vocab = self.vocab_size * E * (1 if self.tie_embeddings else 2)
         return self.n_layer * layer + vocab + E
 
 
-LLAMA2_EOS, LLAMA3_EOS = (2,), (128001, 128008, 128009)
+LLAMA2_EOS, LLAMA3_EOS, QWEN_EOS = (2,), (128001, 128008, 128009), (151645, 151643)
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
                "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 PRESETS = {  # L, H, Hkv, D, E, F, V, positions
@@ -91,33 +98,39 @@ PRESETS = {  # L, H, Hkv, D, E, F, V, positions
     "llama-160m": Config(12, 12, 12, 64, 768, 3072, 32000, 2048),
     "llama-1b": Config(16, 32, 8, 64, 2048, 8192, 128256, 131072, 5e5,
                        LLAMA3_ROPE | {"factor": 32.0}, tie_embeddings=True, eos_ids=LLAMA3_EOS),
+    "llama-3b": Config(28, 24, 8, 128, 3072, 8192, 128256, 131072, 5e5,
+                       LLAMA3_ROPE | {"factor": 32.0}, tie_embeddings=True, eos_ids=LLAMA3_EOS),
     "llama-7b": Config(32, 32, 32, 128, 4096, 11008, 32000, 4096),
     "llama-8b": Config(32, 32, 8, 128, 4096, 14336, 128256, 131072, 5e5, LLAMA3_ROPE,
                        eos_ids=LLAMA3_EOS),
     "llama-13b": Config(40, 40, 40, 128, 5120, 13824, 32000, 4096),
     "llama-70b": Config(80, 64, 8, 128, 8192, 28672, 128256, 131072, 5e5, LLAMA3_ROPE,
                         eos_ids=LLAMA3_EOS),
+    "mistral-7b": Config(32, 32, 8, 128, 4096, 14336, 32768, 32768, 1e6),
+    "qwen2.5-7b": Config(28, 28, 4, 128, 3584, 18944, 152064, 32768, 1e6, norm_eps=1e-6,
+                         qkv_bias=True, eos_ids=QWEN_EOS),
+    "qwen3-0.6b": Config(28, 16, 8, 128, 1024, 3072, 151936, 40960, 1e6, norm_eps=1e-6,
+                         tie_embeddings=True, qk_norm=True, eos_ids=QWEN_EOS),
+    "qwen3-8b": Config(36, 32, 8, 128, 4096, 12288, 151936, 40960, 1e6, norm_eps=1e-6,
+                       qk_norm=True, eos_ids=QWEN_EOS),
 }
+# model_type of a Hugging Face config -> its architecture, and the switches of Config
+FAMILIES = {"llama": ("LlamaForCausalLM", {}), "mistral": ("MistralForCausalLM", {}),
+            "qwen2": ("Qwen2ForCausalLM", {"qkv_bias": True}),
+            "qwen3": ("Qwen3ForCausalLM", {"qk_norm": True})}
 
 
 def load_config(model):
-    """A preset's name or a checkpoint folder (Hugging Face or Meta) -> Config."""
+    """A preset's name, a checkpoint folder (Hugging Face or Meta) or a bare config.json, which has
+    no weights -> Config."""
     if model in PRESETS:
         return PRESETS[model]
     path = Path(model)
+    if path.is_file():
+        return _read_config(path, _hf_config)
     for name, read in (("config.json", _hf_config), ("params.json", _meta_config)):
         if (path / name).is_file():
-            values = read_json(path / name)
-            if not isinstance(values, dict):
-                raise ValueError(f"{path / name}: must be a JSON object, not a "
-                                 f"{type(values).__name__}")
-            try:
-                return read(values, path)
-            except ValueError as error:
-                raise ValueError(f"{path / name}: {error}") from None
-            except (TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
-                raise ValueError(f"{path / name}: a value is missing or of the wrong type "
-                                 f"({type(error).__name__}: {error})") from None
+            return _read_config(path / name, read)
     if path.is_dir():
         raise ValueError(f"{model}: neither config.json (Hugging Face) nor params.json (Meta) in "
                          "this folder")
@@ -125,18 +138,33 @@ def load_config(model):
                      "checkpoint folder")
 
 
+def _read_config(file, read):
+    values = read_json(file)
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: must be a JSON object, not a {type(values).__name__}")
+    try:
+        return read(values, file.parent)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    except (TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"{file}: a value is missing or of the wrong type "
+                         f"({type(error).__name__}: {error})") from None
+
+
 def read_json(path):
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): copy the file again") from None
 
 
 def _hf_config(c, path):
     architectures, model_type = c.get("architectures"), c.get("model_type", "llama")
-    if architectures not in (None, ["LlamaForCausalLM"]) or model_type != "llama":
+    name, switches = FAMILIES.get(str(model_type), (None, {}))
+    if not name or architectures not in (None, [name]):
         raise ValueError(f"architecture {architectures} (model_type {model_type!r}) is not "
-                         "supported: this engine runs LlamaForCausalLM")
+                         "supported: this engine runs "
+                         + ", ".join(name for name, _ in FAMILIES.values()))
     for key, value in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
         if c.get(key, value) != value:
             raise ValueError(f"{key} = {c[key]!r} is not supported (only {value!r})")
@@ -166,7 +194,7 @@ def _hf_config(c, path):
         raise ValueError(f"rope_parameters and rope_scaling contradict each other: {kinds}")
     key = scaled[0] if scaled else "rope_parameters"
     rope = {**(c.get("rope_parameters") or {}), **(c.get(key) or {}), "rope_type": kinds[key]}
-    eos_ids = c.get("eos_token_id", [])
+    eos_ids = _generation_eos(path, c.get("eos_token_id", []))
     eos_ids = eos_ids if isinstance(eos_ids, list) else [eos_ids]
     if not all(type(t) is int for t in eos_ids):
         raise ValueError(f"eos_token_id = {eos_ids!r:.60}: must be token ids")
@@ -179,11 +207,36 @@ def _hf_config(c, path):
         max_position=c.get("max_position_embeddings", 2048),
         rope_theta=rope.get("rope_theta", c.get("rope_theta", 10000.0)), rope_scaling=rope,
         norm_eps=c.get("rms_norm_eps", 1e-6), tie_embeddings=c.get("tie_word_embeddings", False),
+        sliding_window=_sliding_window(c, model_type), **switches,
         eos_ids=tuple(eos_ids), dtype={"float16": "fp16", "float32": "fp32"}.get(dtype, "bf16"))
+
+
+def _sliding_window(c, model_type):
+    """Tokens of the window of any layer, None where all layers attend to everything."""
+    if c.get("use_sliding_window", model_type == "mistral") is False:
+        return None
+    if "sliding_attention" not in c.get("layer_types", ["sliding_attention"]):
+        return None
+    return c.get("sliding_window") if model_type != "llama" else None
+
+
+def _generation_eos(path, eos_ids):
+    """The ends that generation_config.json names, as transformers has it, or those of config.json.
+    Chat models have several."""
+    file = path / "generation_config.json"
+    found = read_json(file) if file.is_file() else {}
+    named = found.get("eos_token_id") if isinstance(found, dict) else None
+    return eos_ids if named is None else named
 
 
 def _meta_config(p, path):
     E, H = p["dim"], p["n_heads"]
+    if "hidden_dim" in p:           # Mistral's own files
+        return Config(
+            n_layer=p["n_layers"], n_head=H, n_kv_head=p["n_kv_heads"], head_dim=p["head_dim"],
+            n_embd=E, n_ffn=p["hidden_dim"], vocab_size=p["vocab_size"],
+            max_position=p.get("max_seq_len", 32768), rope_theta=p.get("rope_theta", 10000.0),
+            norm_eps=p["norm_eps"], sliding_window=p.get("sliding_window"), eos_ids=LLAMA2_EOS)
     ffn = int(p.get("ffn_dim_multiplier", 1) * int(2 * 4 * E / 3))
     theta, scaled = p.get("rope_theta", 10000.0), p.get("use_scaled_rope", False)
     is_llama3 = theta > 10000

@@ -6,19 +6,17 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import statistics
-import tempfile
 import time
 import uuid
 import warnings
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from hub import cache_folder
 from kvcache import KVCache
 from plan import Batch
 from request import Request, SamplingParams
@@ -29,14 +27,6 @@ from startup import CUDA_SHARE, GIB, device_name, fmt_gib
 GRAPH_BYTES = 256 << 20     # set aside for CUDA graphs: memory that torch does not count
 PROFILE_SECONDS = 8.0       # time for measuring the profile; what does not fit is left out
 PROFILE_VERSION = 7         # change it when what is measured changes
-
-
-def cache_folder():
-    """Where profiles are kept. A user without a home has them in the folder of temporary files."""
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neo"
-    except RuntimeError:
-        return Path(tempfile.gettempdir()) / "neo"
 
 
 PROFILE_DIR = cache_folder()

@@ -1,4 +1,4 @@
-"""Llama: weights, the linear parts, and one forward pass that may take turns with others.
+"""Llama and its kin: weights, linear parts, and one forward pass that may take turns with others.
 
 The pass is a generator; pipelining is two generators taking turns (NEO, section 3.1). From the
 start of an iteration:
@@ -50,6 +50,9 @@ class Layer:
     ffn_norm: torch.Tensor      # [E]
     w_gate_up: torch.Tensor     # [2 F, E]
     w_down: torch.Tensor        # [E, F]
+    bqkv: torch.Tensor = None   # [(H + 2 Hkv) D], of Qwen2
+    q_norm: torch.Tensor = None     # [D], with k_norm of Qwen3: of each head, before RoPE
+    k_norm: torch.Tensor = None     # [D]
 
 
 @dataclass
@@ -144,6 +147,11 @@ class Model:
         self.layers = [Layer(attn_norm=new(E), wqkv=new((H + 2 * Hkv) * D, E), wo=new(E, H * D),
                              ffn_norm=new(E), w_gate_up=new(2 * F_, E), w_down=new(E, F_))
                        for _ in range(c.n_layer)]
+        for w in self.layers:
+            if c.qkv_bias:
+                w.bqkv = new((H + 2 * Hkv) * D)
+            if c.qk_norm:
+                w.q_norm, w.k_norm = new(D), new(D)
 
     @property
     def num_heads(self):
@@ -163,13 +171,19 @@ class Model:
         if not self.cfg.tie_embeddings:
             out["lm_head.weight"] = self.lm_head
         for i, w in enumerate(self.layers):
-            q, k, v = w.wqkv.split([n * self.cfg.head_dim for n in self._qkv_heads()])
+            widths = [n * self.cfg.head_dim for n in self._qkv_heads()]
+            q, k, v = w.wqkv.split(widths)
             gate, up = w.w_gate_up.chunk(2)
             views = {"input_layernorm": w.attn_norm, "self_attn.q_proj": q, "self_attn.k_proj": k,
                      "self_attn.v_proj": v, "self_attn.o_proj": w.wo,
                      "post_attention_layernorm": w.ffn_norm, "mlp.gate_proj": gate,
                      "mlp.up_proj": up, "mlp.down_proj": w.w_down}
+            if w.q_norm is not None:
+                views |= {"self_attn.q_norm": w.q_norm, "self_attn.k_norm": w.k_norm}
             out |= {f"model.layers.{i}.{name}.weight": view for name, view in views.items()}
+            if w.bqkv is not None:
+                for name, bias in zip("qkv", w.bqkv.split(widths), strict=True):
+                    out[f"model.layers.{i}.self_attn.{name}_proj.bias"] = bias
         return out
 
     def _randomise(self, seed):
@@ -220,7 +234,7 @@ class Model:
             if names:
                 raise ValueError(
                     f"{path}: the checkpoint {what} {len(names)} tensor(s) of {total}, first "
-                    f"{names[0]}: is it complete, and a plain Llama?")
+                    f"{names[0]}: is it complete, and is config.json its own?")
 
     # ---- stages. One layer = the second half of `linear` of this layer and the first half of
     # `linear` of the next one, with attention in between
@@ -246,7 +260,14 @@ class Model:
                 return
         w, (H, Hkv) = self.layers[i], self.num_heads
         out = act.qkv.view(len(act.qkv), -1)                                # [N, (H + 2 Hkv) D]
-        torch.mm(self._norm(act.x, w.attn_norm), w.wqkv.t(), out=out)
+        h = self._norm(act.x, w.attn_norm)
+        if w.bqkv is None:
+            torch.mm(h, w.wqkv.t(), out=out)
+        else:
+            torch.addmm(w.bqkv, h, w.wqkv.t(), out=out)
+        if w.q_norm is not None:
+            for x, norm in ((act.qkv[:, :H], w.q_norm), (act.qkv[:, H:H + Hkv], w.k_norm)):
+                x.copy_(self._norm(x, norm))
         ops.rotate_(act.qkv, self.cos, self.sin, b.positions, H + Hkv)
 
     def head(self, activations):

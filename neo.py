@@ -14,13 +14,16 @@ import statistics
 import sys
 import time
 from collections import deque
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from chat import converse, follow
 from checkpoint import StreamDecoder, load_config, load_tokenizer
 from cpu_attn import choose_path
 from gpu_attn import choose
+from hub import find_model
 from kv_format import NAMES
 from kvcache import KVCache
 from measure import measure_gpu_blocks, profile_points, warm_up
@@ -33,6 +36,7 @@ from scheduler import Scheduler
 from startup import (
     device_name,
     fmt_gib,
+    gpu_memory,
     plan_budget,
     resolve_device,
     resolve_dtype,
@@ -45,8 +49,8 @@ MAX_ERRORS = 4096       # iterations whose prediction error is remembered
 class LLM:
     """The engine. LLM(model, strategy="neo", **options).
 
-    model    a preset with random weights (tiny, llama-160m, -1b, -7b, -8b, -13b, -70b) or a
-             checkpoint folder
+    model    a preset of checkpoint.py with random weights (tiny, llama-7b, qwen3-8b, ...), a
+             checkpoint folder, a name of the Hugging Face hub, or smollm2 (see hub.py)
     options  the fields of options.Options: device, dtype, gpu_mem, gpu_blocks, cpu_mem, ...
              simulate may also be a perfmodel.Testbed, or an LLM on whose measured profile to run:
              nothing is computed, a virtual clock runs, every token is 0
@@ -57,9 +61,11 @@ class LLM:
     def __init__(self, model, strategy="neo", **options):
         options = Options.of(str(model), strategy, options)
         self.name, self.seed, self.ttft_queue = options.model, options.seed, options.ttft_queue
+        self.max_num_seqs = options.max_num_seqs
+        self.path = find_model(self.name, weights=not options.simulate)
         self.verbose = False            # print each iteration
         self.on_iteration = None        # called with (spans, start, end) of each iteration
-        self.cfg = load_config(self.name)
+        self.cfg = load_config(self.path)
         self.testbed = self.points = self.outputs = None
         if options.simulate:
             self._simulate(options)
@@ -69,20 +75,24 @@ class LLM:
 
     def _load(self, options):
         cfg, tiers = self.cfg, find_strategy(options.strategy).tiers
+        if Path(self.path).is_file():
+            raise ValueError(f"{self.path} has no weights: give the folder of the checkpoint, or "
+                             "--simulate TESTBED, which needs none")
         self.device = resolve_device(options.device)
         self.dtype = resolve_dtype(options.dtype, cfg, self.device)
         cores, self.gpu_threads, self.cpu_threads = resolve_threads(
             self.device, options.gpu_threads, options.cpu_threads)
+        options.gpu_mem = gpu_memory(options, self.device)
         self.budget = budget = plan_budget(options, tiers, cfg, self.dtype, self.device)
         attn = choose(options.gpu_attn, self.device, self.dtype)
         cpu_path = choose_path(options.cpu_attn, NAMES[budget.kv_dtypes["cpu"]], cfg.head_dim,
                                budget.block_size)
-        self.tokenizer = load_tokenizer(self.name)
+        self.tokenizer = load_tokenizer(self.path)
 
         start = time.perf_counter()
         torch.set_num_threads(cores)                        # to fill the weights
         self.model = Model(
-            self.name, cfg, self.dtype, budget.row_dtype, self.device, budget.max_model_len,
+            self.path, cfg, self.dtype, budget.row_dtype, self.device, budget.max_model_len,
             self.gpu_threads, self.cpu_threads, attn, cpu_path, options.eager, options.seed)
         torch.set_num_threads(self.gpu_threads or cores)    # this thread samples: the GPU idles
         self.load_seconds = time.perf_counter() - start
@@ -110,6 +120,7 @@ class LLM:
             dtype = "fp16" if options.dtype == "auto" else options.dtype
             self.dtype = resolve_dtype(dtype, cfg, self.device)
             tiers = find_strategy(options.strategy).tiers
+            options.gpu_mem = gpu_memory(options, self.device, self.testbed)
             self.budget = plan_budget(options, tiers, cfg, self.dtype, self.device, self.testbed)
         budget, geometry = self.budget, (cfg.n_layer, cfg.n_kv_head, cfg.head_dim)
         self.kv = KVCache(geometry, budget.block_size, budget.num_blocks, budget.max_model_len,
@@ -134,7 +145,7 @@ class LLM:
         self.perf = self._new_perf()
         self.scheduler = Scheduler(cls(), budget.num_blocks, budget.block_size,
                                    budget.max_model_len, budget.max_batch_tokens, self.perf,
-                                   self.ttft_queue)
+                                   self.ttft_queue, self.max_num_seqs)
         self.strategy, self.outputs, self.num_added = strategy, {}, 0
         self.seconds = dict.fromkeys(("wall", "model", "gpu_busy", "cpu_busy"), 0.0)
         self.swapped_before, self.errors = self.kv.swapped_blocks, deque(maxlen=MAX_ERRORS)
@@ -400,12 +411,15 @@ class LLM:
 # ------------------------------------------------------------------------------ command line
 
 def main(argv=None):
-    parser = Parser("Continue a prompt, printing the text as it comes.")
-    parser.add_argument("--model", required=True, help="checkpoint folder, or a preset")
+    parser = Parser("Continue a prompt, printing the text as it comes, or chat.")
+    parser.add_argument("--model", required=True, help="checkpoint folder, name on the Hugging "
+                        "Face hub, smollm2 (see lab.demo_model), or a preset with random weights")
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="text to continue")
     prompt.add_argument("--token-ids", metavar="IDS", help='the prompt as numbers: "1 15043 3186"')
-    parser.add_argument("--max-tokens", type=int, default=64)
+    prompt.add_argument("--chat", action="store_true",
+                        help="a conversation, with the checkpoint's chat template")
+    parser.add_argument("--max-tokens", type=int, help="default 64, with --chat 512")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=0)
@@ -417,28 +431,24 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         prompt = args.prompt
-        if prompt is None:
+        if args.token_ids is not None:
             prompt = [int(t) for t in args.token_ids.split()]
-        params = SamplingParams(args.max_tokens, args.temperature, args.top_p, args.top_k,
+        max_tokens = args.max_tokens or (512 if args.chat else 64)
+        params = SamplingParams(max_tokens, args.temperature, args.top_p, args.top_k,
                                 args.seed, args.ignore_eos, args.stop)
         llm = LLM(args.model, args.strategy, **engine_options(args))
+        llm.verbose = args.verbose
+        if args.chat:
+            print(llm.describe(), file=sys.stderr)
+            return converse(llm, params)
         out = llm.outputs[llm.add_request(prompt, params)]
     except ValueError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted before the first token")
     print(llm.describe(), file=sys.stderr)
-    llm.verbose = args.verbose
-    shown = 0                           # characters, or token ids where there is no tokenizer
-    try:
-        while out.finish_reason is None:
-            llm.step()
-            new = out.settled_text() if llm.tokenizer else [f"{t} " for t in out.token_ids]
-            print("".join(new[shown:]), end="", flush=True)
-            shown = max(shown, len(new))
-    except KeyboardInterrupt:
-        llm.abort(out.request_id)
-    print(f"\n[{len(out.token_ids)} tokens, {out.finish_reason}]", file=sys.stderr)
+    follow(llm, out)
+    print(f"[{len(out.token_ids)} tokens, {out.finish_reason}]", file=sys.stderr)
     sys.exit(130 if out.finish_reason == "abort" else 0)
 
 

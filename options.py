@@ -13,9 +13,11 @@ from pathlib import Path
 from perfmodel import TESTBEDS, find_testbed
 
 
-def option(default, kind, help, unit=None):
-    """A dataclass field with what its command-line flag needs; kind: str, int, float or bool."""
-    return field(default=default, metadata={"kind": kind, "help": help, "unit": unit})
+def option(default, kind, help, unit=None, alias=None):
+    """A dataclass field with what its command-line flag needs; kind: str, int, float or bool.
+    alias: vLLM's spelling of the flag."""
+    return field(default=default,
+                 metadata={"kind": kind, "help": help, "unit": unit, "alias": alias})
 
 
 @dataclass
@@ -27,6 +29,8 @@ class Options:
     dtype: str = option("auto", str, "of weights, activations and KV: auto, bf16, fp16, fp32")
     gpu_mem: float = option(
         None, float, "memory of the whole GPU: weights, activations and KV", "GIB")
+    gpu_memory_utilization: float = option(
+        None, float, "the same as a share of the GPU's memory, 0.9 say", "SHARE")
     gpu_blocks: int = option(None, int, "KV blocks of the GPU tier; overrides --gpu-mem", "N")
     cpu_mem: float = option(None, float, "memory of the KV cache's CPU tier", "GIB")
     cpu_kv: str = option(
@@ -38,7 +42,9 @@ class Options:
         "at most 8192)", "N")
     max_batch_tokens: int = option(
         None, int, "prompt tokens per iteration (default 2048); longer prompts are prefilled "
-        "in chunks", "N")
+        "in chunks", "N", alias="--max-num-batched-tokens")
+    max_num_seqs: int = option(
+        512, int, "requests that hold KV at a time; more wait (default 512)", "N")
     ttft_queue: int = option(
         4, int, "while at most N requests wait, prompts are prefilled whole, for a short time to "
         "first token; with more, in even chunks, for throughput (-1: always even)", "N")
@@ -115,11 +121,13 @@ def add_engine_flags(parser, leave_out=()):
     for f in fields(Options)[1:]:
         if f.name in leave_out:
             continue
-        flag, kind = f"--{f.name.replace('_', '-')}", f.metadata["kind"]
+        flags, kind = [f"--{f.name.replace('_', '-')}"], f.metadata["kind"]
+        if f.metadata["alias"]:
+            flags.append(f.metadata["alias"])
         if kind is bool:
-            parser.add_argument(flag, action="store_true", help=f.metadata["help"])
+            parser.add_argument(*flags, action="store_true", help=f.metadata["help"])
         else:
-            parser.add_argument(flag, type=kind, default=f.default, metavar=f.metadata["unit"],
+            parser.add_argument(*flags, type=kind, default=f.default, metavar=f.metadata["unit"],
                                 help=f.metadata["help"])
     if "simulate" not in leave_out:
         add_testbed_flag(parser)

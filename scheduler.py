@@ -42,9 +42,10 @@ class Scheduler:
     """
 
     def __init__(self, strategy, num_blocks, block_size, max_model_len, max_batch_tokens,
-                 perf=None, ttft_queue=-1):
+                 perf=None, ttft_queue=-1, max_running=MAX_RUNNING):
         self.strategy, self.perf, self.ttft_queue = strategy, perf, ttft_queue
         self.block_size, self.max_batch_tokens = block_size, max_batch_tokens
+        self.max_running = max_running
         self.num_blocks = {tier: n if tier in strategy.tiers else 0
                            for tier, n in num_blocks.items()}
         largest_tier = max(self.num_blocks.values()) * block_size
@@ -208,7 +209,7 @@ class Scheduler:
         for r in sorted(begun, key=self._rank):
             self._schedule(plan, r, left, cut=bool(shares))
         while (self.waiting and max(left) >= 1 and self._tokens_left(plan)
-               and self.num_running < MAX_RUNNING):
+               and self.num_running < self.max_running):
             if plan.preempted and not self.nothing_runs:
                 break
             r = self._next_waiting()

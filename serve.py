@@ -21,9 +21,9 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from chat import load_chat_template
 from neo import LLM
 from options import Parser, add_engine_flags, engine_options
-from server.chat_template import load_chat_template
 from server.engine_thread import MAX_FAILURES, EngineThread, Refused
 from server.guard import BoundedProtocol, Guard
 from server.openapi_doc import describe
@@ -33,13 +33,14 @@ from server.protocol import Chat, Completion, Reply, error_json, error_response,
 class Routes:
     """What the server answers, for one LLM that an EngineThread steps.
 
-    template  chat messages -> prompt token ids (see server/chat_template.py), or None
+    template  chat messages -> prompt token ids (see chat.py), or None
+    name      of the model, for clients; default: the engine's
     """
 
-    def __init__(self, llm, engine, template=None):
-        self.llm, self.engine = llm, engine
+    def __init__(self, llm, engine, template=None, name=None):
+        self.llm, self.engine, self.name = llm, engine, name or llm.name
         self.template = template and partial(template, max_tokens=llm.max_request_len)
-        self.model = {"id": llm.name, "object": "model", "created": 0, "owned_by": "neo",
+        self.model = {"id": self.name, "object": "model", "created": 0, "owned_by": "neo",
                       "max_model_len": llm.max_request_len}
         self.parsing = ThreadPoolExecutor(1, "parse")           # see parse_body
         self.tokenizing = ThreadPoolExecutor(2, "tokenize")     # a long prompt takes a core
@@ -67,7 +68,7 @@ class Routes:
     async def chat(self, http: Request):
         if self.template is None:
             return error_response(
-                400, f"{self.llm.name} comes without a chat template: use /v1/completions")
+                400, f"{self.name} comes without a chat template: use /v1/completions")
         return await self.answer(Chat, http)
 
     async def answer(self, kind, http):
@@ -76,7 +77,7 @@ class Routes:
         try:
             raw = await http.body()
             body = await loop.run_in_executor(self.parsing, parse_body, raw, kind)
-            if body.model not in (None, self.llm.name):
+            if body.model not in (None, self.name):
                 return error_response(404, self.unknown(body.model), "model_not_found")
             if kind is Chat:
                 # without a limit it is the engine's, as in OpenAI's chat
@@ -93,7 +94,7 @@ class Routes:
             return error_response(refusal.status, refusal, headers=refusal.headers)
         except ValueError as error:
             return error_response(400, error)
-        reply = Reply(body, self.llm.name, self.llm.tokenizer, [t for t in echo for _ in samples])
+        reply = Reply(body, self.name, self.llm.tokenizer, [t for t in echo for _ in samples])
         if body.stream:
             return StreamingResponse(self.events(stream, reply), media_type="text/event-stream")
         leaving = asyncio.create_task(self.drop_if_client_leaves(stream, http))
@@ -148,12 +149,12 @@ class Routes:
 
     def one_model(self, http: Request):
         name = http.path_params["name"]
-        if name != self.llm.name:
+        if name != self.name:
             return error_response(404, self.unknown(name), "model_not_found")
         return JSONResponse(self.model)
 
     def unknown(self, name):
-        return f"unknown model {name!r:.200}: this server has {self.llm.name!r}"
+        return f"unknown model {name!r:.200}: this server has {self.name!r}"
 
     def health(self):
         failed = self.engine.health_error()
@@ -200,7 +201,10 @@ def parse_args(argv):
     """The flags. Raises ValueError on values that cannot work."""
     parser = Parser("Serve a model through OpenAI's HTTP interface.")
     parser.add_argument("--model", required=True,
-                        help="checkpoint folder, or a preset (random weights)")
+                        help="checkpoint folder, name on the Hugging Face hub, smollm2, or a "
+                        "preset (random weights)")
+    parser.add_argument("--served-model-name", metavar="NAME",
+                        help="the model's name for clients (default: as --model)")
     parser.add_argument("--host", default="127.0.0.1",
                         help="address to bind (default: this machine only)")
     parser.add_argument("--port", type=int, default=8000)
@@ -249,7 +253,7 @@ def main(argv=None):
         args = parse_args(argv)
         listener = bind(args.host, args.port)       # before loading, which may take minutes
         llm = LLM(args.model, args.strategy, **engine_options(args))
-        template = load_chat_template(llm.name, llm.tokenizer)
+        template = load_chat_template(llm.path, llm.tokenizer)
         with says_where(args.host, args.port):
             listener.listen(1024)
     except ValueError as error:
@@ -258,7 +262,7 @@ def main(argv=None):
         sys.exit("interrupted before the first request")
     print(llm.describe(), file=sys.stderr)
     engine = EngineThread(llm, args.max_queue, args.buffer)
-    app = Routes(llm, engine, template).app(args.api_key, args.max_body)
+    app = Routes(llm, engine, template, args.served_model_name).app(args.api_key, args.max_body)
     # 10 s more than `grace`, because aborted requests end only with the present iteration.
     config = uvicorn.Config(app, log_level="warning", http=BoundedProtocol,
                             timeout_graceful_shutdown=int(args.grace) + 10)

@@ -15,9 +15,12 @@ from llvmlite import binding
 
 import cpu_attn
 from kv_format import NAMES, kv_bytes
+from scheduler import MAX_RUNNING
 
 GIB = 1 << 30
 DTYPES = {name: dtype for dtype, name in NAMES.items() if dtype.is_floating_point}
+DTYPE_ALIASES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32",
+                 "float": "fp32"}
 BLOCK_SIZE = 16                # tokens per block, the paper's
 MAX_MODEL_LEN = 8192           # cap of the default; sequences are longer only if asked for
 MAX_BATCH_TOKENS = 2048        # default prompt tokens per iteration
@@ -44,8 +47,9 @@ def resolve_dtype(dtype, cfg, device):
     """Name -> torch dtype. auto: the checkpoint's on CUDA, if the GPU has it; on a CPU bf16 where
     its instructions make that fast, or where float32 weights do not fit. Raises ValueError on an
     unknown name."""
+    dtype = DTYPE_ALIASES.get(dtype, dtype)
     if dtype not in ("auto", *DTYPES):
-        raise ValueError(f"dtype {dtype!r}: must be auto, {', '.join(DTYPES)}")
+        raise ValueError(f"dtype {dtype!r}: must be auto, {', '.join((*DTYPES, *DTYPE_ALIASES))}")
     if dtype != "auto":
         return DTYPES[dtype]
     if device.type == "cuda":
@@ -218,15 +222,43 @@ def plan_budget(options, tiers, cfg, dtype, device, testbed=None):
     return budget
 
 
+def gpu_memory(options, device, testbed=None):
+    """GiB of GPU memory that gpu_mem or gpu_memory_utilization ask for; None if neither does.
+
+    Raises ValueError on both, on a share that is none, and on a share of an emulated GPU.
+    """
+    share = options.gpu_memory_utilization
+    if share is None:
+        return options.gpu_mem
+    if options.gpu_mem is not None:
+        raise ValueError("gpu_mem and gpu_memory_utilization say the same: give one of them")
+    if not 0 < share <= 1:
+        raise ValueError(f"gpu_memory_utilization = {share}: must be above 0 and at most 1")
+    if testbed:
+        return share * testbed.gpu_gb * testbed.tp
+    if device.type != "cuda":
+        raise ValueError("gpu_memory_utilization: an emulated GPU has no memory of its own: give "
+                         "--gpu-mem GIB or --gpu-blocks N")
+    return share * torch.cuda.mem_get_info()[1] / GIB
+
+
 def check_numbers(options, cfg):
     """Raise ValueError on numbers that no machine can serve."""
     for name, limit in (("gpu_mem", 0), ("gpu_blocks", 0), ("block_size", 0),
-                        ("max_model_len", 1), ("max_batch_tokens", 1)):
+                        ("max_model_len", 1), ("max_batch_tokens", 1), ("max_num_seqs", 0)):
         value = getattr(options, name)
         if value is not None and value <= limit:
             raise ValueError(f"{name} = {value}: must be above {limit}")
+    if options.max_num_seqs > MAX_RUNNING:
+        raise ValueError(f"max_num_seqs = {options.max_num_seqs}: must be at most {MAX_RUNNING}")
     if options.cpu_mem is not None and options.cpu_mem < 0:
         raise ValueError(f"cpu_mem = {options.cpu_mem}: must be 0 or more GiB")
+    longest = options.max_model_len or min(cfg.max_position, MAX_MODEL_LEN)
+    if cfg.sliding_window and longest > cfg.sliding_window:
+        raise ValueError(
+            f"max_model_len = {longest}: this model attends to a sliding window of "
+            f"{cfg.sliding_window} tokens, and longer sequences are not supported: set "
+            f"--max-model-len {cfg.sliding_window} or less")
     if options.max_model_len and options.max_model_len > cfg.max_position:
         raise ValueError(f"max_model_len = {options.max_model_len}: the model knows "
                          f"{cfg.max_position} positions")

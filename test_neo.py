@@ -14,6 +14,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -26,7 +27,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import bench
+import chat
 import cpu_attn
+import hub
 import measure
 import neo
 import report
@@ -141,6 +144,34 @@ GEOMETRIES = {
         tie_word_embeddings=True,
         rope_parameters=dict(rope_type="default", rope_theta=10000.0),
     ),
+    "mistral-gqa2": dict(
+        model_type="mistral",
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        hidden_size=96,
+        vocab_size=311,
+        sliding_window=128,
+        rope_parameters=dict(rope_type="default", rope_theta=1e6),
+    ),
+    "qwen2-bias": dict(
+        model_type="qwen2",
+        num_attention_heads=7,
+        num_key_value_heads=1,
+        hidden_size=224,
+        vocab_size=307,
+        rope_parameters=dict(rope_type="default", rope_theta=1e6),
+    ),
+    "qwen3-norms": dict(
+        model_type="qwen3",
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=64,
+        hidden_size=128,
+        vocab_size=401,
+        tie_word_embeddings=True,
+        rope_parameters=dict(rope_type="default", rope_theta=1e6),
+    ),
 }
 
 
@@ -151,7 +182,9 @@ def checkpoints(tmp_path_factory):
     out = {}
     for name, geometry in GEOMETRIES.items():
         torch.manual_seed(1)
-        cfg = transformers.LlamaConfig(
+        geometry = dict(geometry)
+        cfg = transformers.AutoConfig.for_model(
+            geometry.pop("model_type", "llama"),
             num_hidden_layers=3,
             intermediate_size=416,
             max_position_embeddings=256,
@@ -160,7 +193,11 @@ def checkpoints(tmp_path_factory):
             eos_token_id=None,
             **geometry,
         )
-        hf = transformers.LlamaForCausalLM(cfg).eval()
+        hf = transformers.AutoModelForCausalLM.from_config(cfg).eval()
+        with torch.no_grad():               # they start as zeros and ones
+            for key, w in hf.named_parameters():
+                if key.endswith((".bias", "q_norm.weight", "k_norm.weight")):
+                    w.add_(0.3 * torch.randn(w.shape))
         folder = tmp_path_factory.mktemp(name)
         hf.save_pretrained(folder)
         out[name] = folder, hf
@@ -209,7 +246,7 @@ def test_tokens_equal_transformers(checkpoints, reference, name, strategy):
     stats = llm.stats()
     llm.kv.check()
     assert [o.token_ids for o in outs] == want
-    assert stats["preemptions"] > 0
+    assert stats["preemptions"] + stats["swapped_blocks"] > 0
     if strategy in ("serial", "neo"):
         assert (
             stats["swapped_blocks"] > 0
@@ -501,7 +538,10 @@ def test_broken_checkpoints(checkpoints, tmp_path):
         load()
 
 
-@pytest.mark.parametrize("rope", GEOMETRIES.values(), ids=GEOMETRIES)
+LLAMAS = [geometry for geometry in GEOMETRIES.values() if "model_type" not in geometry]
+
+
+@pytest.mark.parametrize("rope", LLAMAS)
 def test_rope_config_of_older_transformers(rope, tmp_path):
     """rope_theta + rope_scaling read like rope_parameters."""
     base = dict(
@@ -536,8 +576,8 @@ def test_rope_config_of_older_transformers(rope, tmp_path):
     "change, message",
     [
         (
-            dict(architectures=["MistralForCausalLM"], model_type="mistral"),
-            "MistralForCausalLM.*not supported",
+            dict(architectures=["GemmaForCausalLM"], model_type="gemma"),
+            "GemmaForCausalLM.*not supported: this engine runs Llama.*Mistral.*Qwen2.*Qwen3",
         ),
         (dict(attention_bias=True), "attention_bias"),
         (dict(hidden_act="gelu"), "hidden_act"),
@@ -572,6 +612,129 @@ def test_unsupported_configs(change, message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(base | change))
     with pytest.raises(ValueError, match=message):
         load_config(str(tmp_path))
+
+
+def test_windows_and_ends_of_the_families(tmp_path):
+    """A window that can matter is refused with the flag that helps; the ends of a chat model are
+    those of generation_config.json."""
+    base = dict(num_hidden_layers=1, num_attention_heads=4, hidden_size=64, intermediate_size=32,
+                vocab_size=99, max_position_embeddings=4000, eos_token_id=5)
+
+    def read(**values):
+        (tmp_path / "config.json").write_text(json.dumps(base | values))
+        return load_config(str(tmp_path))
+    assert read(model_type="mistral", sliding_window=64).sliding_window == 64
+    assert read(model_type="mistral", sliding_window=None).sliding_window is None
+    assert read(model_type="qwen2", sliding_window=64, use_sliding_window=False,
+                layer_types=["full_attention"]).sliding_window is None
+    assert read(model_type="qwen3", sliding_window=64, use_sliding_window=True).sliding_window == 64
+    assert read(model_type="llama", sliding_window=64).sliding_window is None
+    read(model_type="mistral", sliding_window=64)
+    with pytest.raises(ValueError, match="sliding window of 64 .*--max-model-len 64"):
+        LLM(str(tmp_path), simulate="t4")
+    LLM(str(tmp_path), simulate="t4", max_model_len=64)
+    bare = LLM(str(tmp_path / "config.json"), simulate="t4", max_model_len=64)
+    assert bare.cfg == load_config(str(tmp_path))
+    with pytest.raises(ValueError, match="config.json has no weights.*--simulate"):
+        LLM(str(tmp_path / "config.json"), device="cpu", max_model_len=64)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
+    assert read(model_type="qwen2").eos_ids == (7, 9)
+    with pytest.raises(ValueError, match="'int4': must be auto, .*half"):
+        LLM("tiny", device="cpu", dtype="int4")
+    assert LLM("tiny", simulate="t4", dtype="half").dtype == torch.float16
+
+
+def test_names_of_the_hub(monkeypatch, tmp_path):
+    """Only what is needed is asked for; every failure is one line with the way out."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    asked = []
+
+    def download(repository, **options):
+        asked.append((repository, options))
+        return str(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert hub.find_model("Qwen/Qwen3-0.6B@main", weights=False) == str(tmp_path)
+    assert hub.find_model("Qwen/Qwen3-0.6B") == str(tmp_path)
+    (_, light), (repository, whole) = asked
+    assert repository == "Qwen/Qwen3-0.6B" and light["revision"] == "main"
+    assert "*.safetensors" in whole["allow_patterns"] and whole["revision"] is None
+    assert not any("safetensors" in pattern for pattern in light["allow_patterns"])
+    for name in ("llama-7b", str(tmp_path), "no such/name here", "nothing"):
+        assert hub.find_model(name) == name
+    errors = huggingface_hub.errors
+    for kind, message in ((errors.GatedRepoError, "gated: accept.*HF_TOKEN"),
+                          (errors.RepositoryNotFoundError, "no such folder here, and no such"),
+                          (errors.RevisionNotFoundError, "not this revision"),
+                          (errors.LocalEntryNotFoundError, "cannot be reached.*give a folder")):
+        error = kind.__new__(kind)          # how it is made differs between versions
+
+        def fail(*args, error=error, **options):
+            raise error
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+        with pytest.raises(ValueError, match=f"a/b: {message}"):
+            LLM("a/b", device="cpu")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match="a/b is no folder.*pip install huggingface_hub"):
+        LLM("a/b", device="cpu")
+    monkeypatch.setattr(hub, "DEMO_FOLDER", tmp_path)
+    with pytest.raises(ValueError, match="smollm2: .*python -m lab.demo_model"):
+        LLM("smollm2", device="cpu")
+
+
+def test_a_conversation_in_the_terminal(text_models, tmp_path, monkeypatch, capsys):
+    """Each answer continues the whole conversation; Ctrl-C stops an answer, and leaves where none
+    runs; what outgrows the model loses its oldest exchange."""
+    folder = tmp_path / "chat"
+    shutil.copytree(text_models["tokenizers"], folder)
+    template = "{% for m in messages %}{{ m.role[0] }} {{ m.content }} {% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    llm, prompts = LLM(str(folder), device="cpu", dtype="fp32", max_model_len=100), []
+    add, step = llm.add_request, llm.step
+
+    def spy(ids, params):
+        prompts.append(llm.tokenizer.decode(ids))
+        return add(ids, params)
+    monkeypatch.setattr(llm, "add_request", spy)
+
+    def talk(*lines):
+        lines = iter(lines)
+
+        def ask(prompt):
+            line = next(lines)
+            if isinstance(line, type):
+                raise line
+            return line
+        monkeypatch.setattr("builtins.input", ask)
+        chat.converse(llm, SamplingParams(max_tokens=10, ignore_eos=True))
+        return capsys.readouterr()
+    talk("the cache", "", "the blocks", EOFError)
+    assert "cache" in prompts[0] and prompts[1].startswith(prompts[0]) and "blocks" in prompts[1]
+    assert not llm.outputs
+
+    def interrupted():
+        if len(llm.outputs) and next(iter(llm.outputs.values())).token_ids:
+            monkeypatch.setattr(llm, "step", step)
+            raise KeyboardInterrupt
+        return step()
+    monkeypatch.setattr(llm, "step", interrupted)
+    prompts.clear()
+    talk("one", "two", KeyboardInterrupt)
+    assert len(prompts) == 2 and not llm.outputs
+    llm.kv.check()
+    prompts.clear()
+    shown = talk(*["the scheduler plans the cache"] * 9, EOFError)
+    assert "oldest question and answer are left out" in shown.err and len(prompts) == 9
+    with pytest.raises(ValueError, match="tiny comes without a chat template"):
+        chat.converse(LLM("tiny", device="cpu"), SamplingParams())
+
+
+def test_mistrals_own_files(tmp_path):
+    """params.json with hidden_dim: another spelling of the Meta layout."""
+    (tmp_path / "params.json").write_text(json.dumps(dict(
+        dim=64, n_layers=2, head_dim=16, hidden_dim=96, n_heads=4, n_kv_heads=2, norm_eps=1e-5,
+        sliding_window=4096, vocab_size=99)))
+    cfg = load_config(str(tmp_path))
+    assert (cfg.n_ffn, cfg.head_dim, cfg.n_kv_head, cfg.sliding_window) == (96, 16, 2, 4096)
 
 
 def test_values_and_files_that_would_be_wrong_in_silence(text_models, tmp_path):
@@ -666,6 +829,11 @@ def test_presets_have_the_published_sizes():
         "llama-8b": 8.030,
         "llama-13b": 13.016,
         "llama-70b": 70.554,
+        "llama-3b": 3.213,
+        "mistral-7b": 7.248,
+        "qwen2.5-7b": 7.616,
+        "qwen3-0.6b": 0.596,
+        "qwen3-8b": 8.191,
     }
     for name, size in billions.items():
         assert PRESETS[name].num_params / 1e9 == pytest.approx(size, abs=0.001)
@@ -1805,7 +1973,7 @@ LAYERS = (  # imports go from a layer to a layer below it, never up and never si
     {"neo", "report"},
     {"measure", "workload"},
     {"model", "strategies", "startup", "bounds"},
-    {"kvcache", "scheduler", "options", "aim"},
+    {"kvcache", "scheduler", "options", "aim", "hub", "chat"},
     {"queues", "gpu_attn", "plan", "checkpoint"},
     {"kv_format"},
     {"cpu_attn", "perfmodel", "request", "sampling"},
@@ -1838,6 +2006,39 @@ def test_imports_go_one_way():
         imports = [n.lineno for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
         code = [n.lineno for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
         assert not (imports and code) or max(imports) < min(code), f"{file.name}: late import"
+
+
+def test_what_vllm_calls_the_same():
+    """Its spelling of a flag, the limit of running requests, a share of the GPU's memory."""
+    from options import Parser, add_engine_flags, engine_options
+    parser = Parser("")
+    add_engine_flags(parser)
+    args = parser.parse_args(["--max-num-batched-tokens", "77", "--max-num-seqs", "3",
+                              "--gpu-memory-utilization", "0.5", "--simulate", "t4"])
+    options = engine_options(args)
+    llm = LLM("llama-1b", **options)
+    assert llm.budget.max_batch_tokens == 77
+    half, whole = (LLM("llama-1b", simulate="t4", gpu_memory_utilization=share)
+                   for share in (0.5, 1.0))
+    gap = (whole.budget.num_blocks["gpu"] - half.budget.num_blocks["gpu"])
+    bed = find_testbed("t4")
+    assert gap * half.budget.block_bytes["gpu"] == pytest.approx(
+        0.5 * bed.gpu_gb * 2 ** 30, rel=0.01)
+    for _ in range(8):
+        llm.add_request([0] * 9, SamplingParams(max_tokens=9, ignore_eos=True))
+    most = 0
+    while llm.outputs:
+        llm.step()
+        most = max(most, llm.scheduler.num_running)
+    assert most == 3
+    for bad, message in ((dict(gpu_memory_utilization=1.5), "at most 1"),
+                         (dict(gpu_memory_utilization=0.5, gpu_mem=3), "one of them"),
+                         (dict(max_num_seqs=0), "max_num_seqs = 0"),
+                         (dict(max_num_seqs=10 ** 6), "at most 512")):
+        with pytest.raises(ValueError, match=message):
+            LLM("llama-1b", simulate="t4", **bad)
+    with pytest.raises(ValueError, match="emulated GPU has no memory"):
+        LLM("tiny", device="cpu", gpu_memory_utilization=0.5)
 
 
 def test_every_option_is_an_argument_and_a_flag_of_all_doors(capsys):

@@ -17,8 +17,8 @@ import pytest
 pytest.importorskip("openai")
 import openai  # noqa: E402
 
+from chat import load_chat_template  # noqa: E402
 from neo import LLM  # noqa: E402
-from server.chat_template import load_chat_template  # noqa: E402
 from server.test_server import (  # noqa: E402
     SMALL,
     TEMPLATE,

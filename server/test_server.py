@@ -27,8 +27,8 @@ from request import Request, RequestOutput
 
 httpx, openai, uvicorn = (pytest.importorskip(name) for name in ("httpx", "openai", "uvicorn"))
 import serve  # noqa: E402
+from chat import load_chat_template  # noqa: E402
 from server import guard  # noqa: E402
-from server.chat_template import load_chat_template  # noqa: E402
 from server.engine_thread import EngineThread  # noqa: E402
 from server.protocol import Message  # noqa: E402
 

@@ -1,7 +1,9 @@
-"""The chat template that lies beside a checkpoint: messages -> token ids of a prompt.
+"""Chat: the template beside a checkpoint (messages -> token ids), a conversation in the terminal.
 
-Refuses to know the server and the engine. Test: pytest server -k template
+The server uses the template, `python neo.py --chat` both. Of the engine it knows what a user of LLM
+knows. Test: pytest server -k template, pytest test_neo.py -k chat
 """
+import sys
 from datetime import datetime
 from pathlib import Path
 
@@ -81,3 +83,56 @@ def token_text(token):
     """token: as in tokenizer_config.json, a str, {"content": str} or None -> str."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else ""
+
+
+# ---- in the terminal
+
+def follow(llm, out):
+    """Step until a request ends; print its text as it comes, or token ids where there is no
+    tokenizer. Ctrl-C aborts it."""
+    shown = 0                           # characters, or token ids
+    try:
+        while out.finish_reason is None:
+            llm.step()
+            new = out.settled_text() if llm.tokenizer else [f"{t} " for t in out.token_ids]
+            print("".join(new[shown:]), end="", flush=True)
+            shown = max(shown, len(new))
+    except KeyboardInterrupt:
+        llm.abort(out.request_id)
+    print(flush=True)
+
+
+def converse(llm, params):
+    """Questions from the terminal, answers to it, until Ctrl-D, or Ctrl-C where no answer runs.
+
+    An answer that Ctrl-C stopped stays part of the conversation. Where it outgrows the model, its
+    oldest question and answer are left out. Raises ValueError for a model without a template.
+    """
+    template = load_chat_template(llm.path, llm.tokenizer)
+    if template is None:
+        raise ValueError(f"{llm.name} comes without a chat template: use --prompt")
+    print("Ctrl-C stops an answer, a second one leaves.", file=sys.stderr)
+    messages = []
+    while True:
+        try:
+            text = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not text.strip():
+            continue
+        messages.append({"role": "user", "content": text})
+        try:
+            ids = template(messages, 10 ** 9)
+            while len(ids) + params.max_tokens > llm.max_request_len and len(messages) > 1:
+                print("[the oldest question and answer are left out: the conversation exceeds "
+                      f"{llm.max_request_len} tokens]", file=sys.stderr)
+                del messages[:2]
+                ids = template(messages, 10 ** 9)
+            out = llm.outputs[llm.add_request(ids, params)]
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            messages.pop()
+            continue
+        follow(llm, out)
+        messages.append({"role": "assistant", "content": out.text})
