@@ -244,9 +244,9 @@ def main(argv=None):
                     heads, lens, args.threads, args.rounds, candidates, data)
                 cells = "".join(f"{describe(found.get(c)):>30s}" for c in candidates)
                 first = found.get(next(iter(candidates)))
-                for name in candidates if len(dtypes) > 1 else ():
-                    if name.endswith("int8") and first and name in found:
-                        cells += f"  {first['ms'] / found[name]['ms']:.2f}x tokens/s"
+                for c in candidates if len(dtypes) > 1 else ():
+                    if c.endswith("int8") and first and c in found:
+                        cells += f"  {first['ms'] / found[c]['ms']:.2f}x tokens/s"
                 tqdm.write(f"{name:24s}{found['bandwidth_gb_s']:5.1f} GB/s  {cells}")
                 bar.update()
     except KeyboardInterrupt:

@@ -15,7 +15,15 @@ import torch
 
 import cpu_attn
 import workload
-from lab import cpu_limits, exactness, figures, gpu_limits, load_latency, simulator_check
+from lab import (
+    cpu_limits,
+    exactness,
+    figures,
+    gpu_limits,
+    kv_quality,
+    load_latency,
+    simulator_check,
+)
 from neo import LLM, SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -212,3 +220,26 @@ def test_figures(tmp_path, monkeypatch, capsys):
     assert "gpu-only" in capsys.readouterr().out
     assert len(json.loads(files[0].read_text())["results"]) == 19
     assert files[1].stat().st_size > 1000
+
+
+def test_quality_of_an_int8_tier(monkeypatch, capsys):
+    """Both readers see the same text, and rounding changes little; the exact one's distributions
+    are those of one prompt."""
+    exact = kv_quality.Reader("tiny", "auto", 3, 40, "fp32")
+    rounded = kv_quality.Reader("tiny", "int8", 3, 40, "fp32")
+    assert rounded.llm.budget.kv_dtypes["cpu"] == torch.int8
+    ids = torch.randint(0, 512, (3, 40), generator=torch.Generator().manual_seed(0))
+    far = 0.0
+    for t in range(40):
+        p, q = (reader.read(ids[:, t].tolist()) for reader in (exact, rounded))
+        far = max(far, (p - q).abs().max().item())
+    assert 0 < far < 0.1
+    whole = LLM("tiny", "gpu-only", device="cpu", dtype="fp32", gpu_blocks=9)
+    requests = [kv_quality.Request(i, row.tolist(), 1, tier="gpu", num_scheduled=40)
+                for i, row in enumerate(ids)]
+    logits = whole.model.run([whole.kv.bind(kv_quality.Batch(requests))], whole.kv)
+    assert torch.allclose(p, logits.log_softmax(-1), atol=1e-4)
+    with pytest.raises(SystemExit, match="tiny has no tokenizer"):
+        kv_quality.main(["--model", "tiny", "--sequences", "1", "--length", "40"])
+    with pytest.raises(SystemExit, match="--length 2 or more"):
+        kv_quality.main(["--model", "tiny", "--length", "1"])
