@@ -23,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 import report
+import timeline
 from bounds import fluid_limit, pipelining_bound
 from checkpoint import load_config
 from kernels.cpu_bandwidth import host_read_bandwidth
@@ -53,14 +54,12 @@ class Run(NamedTuple):
 def run_workload(llm, strategy, work, trace=None, quiet=False):
     """Run a Workload under one strategy -> Run. Requests enter when they arrive.
 
-    trace: a list that receives (strategy, Span) of all work. quiet: no progress bar.
+    trace: a list that receives a timeline.Recorder of the run. quiet: no progress bar.
     After a Ctrl-C the result counts the requests that had completed.
     """
     llm.reset(strategy)
     if trace is not None:
-        def record(spans, start, end):
-            trace.extend((strategy, span) for span in spans)
-        llm.on_iteration = record
+        trace.append(timeline.Recorder(llm))
     n, arrived, failed, interrupted = len(work.prompts), 0, 0, False
     outs, times = {}, {}
     bar = tqdm(total=n, desc=f"{strategy:10s}", unit="req", disable=quiet or None)
@@ -134,8 +133,8 @@ def add_pipelining_bound(llm, work, results):
 def run_rounds(engines, work, repeats, trace=None):
     """Run the workload on all engines in turn, `repeats` times: {name: [Run of each round]}.
 
-    engines: {name: (LLM, strategy)}. trace: receives the spans of the first round. A Ctrl-C ends
-    the rounds; names that were not reached are missing.
+    engines: {name: (LLM, strategy)}. trace: receives a timeline.Recorder of each run of the first
+    round. A Ctrl-C ends the rounds; names that were not reached are missing.
     """
     rounds = {}
     for i in range(repeats):
@@ -181,11 +180,17 @@ def parse_args(argv=None):
     parser = Parser("Strategies side by side on the same requests.")
     parser.add_argument("--request-rate", type=float, default=math.inf, metavar="R",
                         help="Poisson arrivals per second; inf: all at once")
-    parser.add_argument("--timeline", type=output_file, metavar="F.json",
-                        help="Chrome / Perfetto trace of the first round")
+    parser.add_argument("--timeline", type=timeline.timeline_file, metavar="F.html",
+                        help="draw the first round. F.html: a page with all iterations; F.png: one "
+                        "iteration of the last strategy; F.json: a trace for ui.perfetto.dev")
+    parser.add_argument("--timeline-iteration", type=int, metavar="N",
+                        help="the iteration of F.png, from 1 (default: the first with two "
+                        f"sub-batches after {timeline.RAMP}, else the longest)")
     add_flags(parser)
     args = parser.parse_args(argv)
-    require_positive(parser, args)
+    require_positive(parser, args, "timeline_iteration")
+    if args.timeline_iteration and not str(args.timeline).endswith(".png"):
+        parser.error("--timeline-iteration chooses what a picture shows: add --timeline F.png")
     if not args.request_rate > 0:
         parser.error(f"--request-rate {args.request_rate}: must be above 0")
     return args
@@ -331,6 +336,16 @@ def saved_config(args, llm, work):
     return config
 
 
+def draw_timeline(args, llm, trace):
+    """Write --timeline; one line and status 1 if it has no such iteration."""
+    title = f"{Path(args.model).name}, {where(llm)}"
+    try:
+        timeline.write(args.timeline, trace, title, args.timeline_iteration)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(f"timeline: {args.timeline}")
+
+
 def finish(args, llm, work, rounds, trace=None, metrics=report.METRICS, compare_tokens=True):
     """Print and write the outcome of run_rounds; returns {name: result}, or exits after a Ctrl-C.
 
@@ -353,13 +368,12 @@ def finish(args, llm, work, rounds, trace=None, metrics=report.METRICS, compare_
         name = f"{Path(args.model).name}-{args.dataset_name}-{stamp}.json"
         write_json(args.result_filename or name,
                    {"config": saved_config(args, llm, work), "results": results})
-    if trace is not None:
-        report.write_trace(args.timeline, trace)
-        print(f"timeline: {args.timeline} (open in ui.perfetto.dev)")
     if args.plot:
         panels = [report.Panel(label, {name: r[key] for name, r in results.items()})
                   for key, label in PLOTTED.items()]
         report.plot(args.plot, f"{args.model}, {work.source}", panels)
+    if trace is not None:
+        draw_timeline(args, llm, trace)
     if any(r["interrupted"] for r in results.values()):
         sys.exit(130)
     return results

@@ -64,7 +64,7 @@ class LLM:
         self.max_num_seqs = options.max_num_seqs
         self.path = find_model(self.name, weights=not options.simulate)
         self.verbose = False            # print each iteration
-        self.on_iteration = None        # called with (spans, start, end) of each iteration
+        self.on_iteration = None        # is called with (plan, spans, start, end)
         self.cfg = load_config(self.path)
         self.testbed = self.points = self.outputs = None
         if options.simulate:
@@ -316,7 +316,7 @@ class LLM:
             print(f"iteration {s.iteration:5d}  {rows}  waiting {len(s.waiting):3d}  predicted "
                   f"{predicted_ms:8.1f} ms  measured {measured.total_ms:8.1f} ms", file=sys.stderr)
         if self.on_iteration:
-            self.on_iteration(spans, start, end)
+            self.on_iteration(plan, spans, start, end)
 
     def generate(self, prompts, params=None):
         """Continue every prompt; returns outputs in the order of the prompts.

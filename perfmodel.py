@@ -20,6 +20,7 @@ numbers only, except the logits that the simulated model returns. Tested in test
 """
 from bisect import bisect_left
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -55,7 +56,7 @@ class Span(NamedTuple):
     """Who worked on what, when. The model records one span for each stage of each layer."""
     lane: str               # "gpu", "cpu", "copy" (to and from the host) or "move" (KV of prompts)
     stage: str              # "linear", "attend", "send", "cpu_attend", "receive", "store",
-    #                         "fetch" or "head"
+    #                         "fetch" or "head"; of a simulation's timeline also "swap"
     layer: int
     sub_batch: int          # its index: 0 for A, 1 for B
     start: float            # seconds
@@ -76,6 +77,62 @@ def layer_ms(*loads):
     chains = (load.linear_ms + load.cpu_ms for load in loads)
     return max(gpu, sum(load.cpu_ms for load in loads), sum(load.move_ms for load in loads),
                *chains)
+
+
+def layer_spans(loads, n_layer, once_ms, start):
+    """The layers of one iteration at their predicted proportions -> [Span], for pictures.
+
+    loads    Load of each sub-batch
+    once_ms  the head, which comes after the layers
+    start    of the first layer, in seconds
+
+    Every layer begins layer_ms(*loads) after the one before. In it, each stage begins as early as
+    the formula lets it: the GPU takes the sub-batches in turn; the CPU does, too, and begins with
+    a sub-batch when its linear stage is over, the attention of B often in the next layer's time:
+
+        GPU   lin0A att0A lin0B att0B | lin1A att1A lin1B att1B | ...
+        CPU         [   cpu A,0   ][ cpu B,0   ][   cpu A,1   ][ cpu B,1   ] ...
+
+    The formula leaves out the end, where nobody is left to hide the last attention of B. Here it
+    runs beside the head and is cut where the iteration ends.
+    """
+    period, end_ms = layer_ms(*loads), n_layer * layer_ms(*loads) + once_ms
+    gpu_start = [0.0, *accumulate(x.linear_ms + x.gpu_ms for x in loads)]
+    linear_end = [ms + x.linear_ms for ms, x in zip(gpu_start, loads, strict=False)]
+    cpu_start = _take_turns(linear_end, [x.cpu_ms for x in loads], period)
+    move_start = _take_turns(linear_end, [x.move_ms for x in loads], period)
+    stages = []                         # of layer 0: (lane, stage, sub-batch, start, duration)
+    for i, x in enumerate(loads):
+        stages += [("gpu", "linear", i, gpu_start[i], x.linear_ms),
+                   ("gpu", "attend", i, linear_end[i], x.gpu_ms),
+                   ("cpu", "cpu_attend", i, cpu_start[i], x.cpu_ms),
+                   ("move", "store", i, move_start[i], x.move_ms)]
+    spans = []
+    for layer in range(n_layer):
+        for lane, stage, i, first_ms, ms in stages:
+            start_ms = layer * period + first_ms
+            stop_ms = min(start_ms + ms, end_ms)
+            if start_ms < stop_ms:
+                spans.append(Span(lane, stage, layer, i, start + start_ms / 1e3,
+                                  start + stop_ms / 1e3))
+    if once_ms:
+        layers_end = start + n_layer * period / 1e3
+        spans.append(Span("gpu", "head", n_layer, 0, layers_end, start + end_ms / 1e3))
+    return spans
+
+
+def _take_turns(ready, durations, period):
+    """Earliest starts of jobs that one device repeats every period, in this order, in ms.
+
+    ready  before which each may not start. sum(durations) is at most the period, so the second
+    time around, when the first job waits for the last one of the period before, settles it.
+    """
+    start = list(ready)
+    for _ in range(2):
+        for i, before in enumerate(range(-1, len(start) - 1)):
+            free = start[before] + durations[before] - (0.0 if i else period)
+            start[i] = max(start[i], free)
+    return start
 
 
 class PerfModel:
@@ -369,6 +426,7 @@ class SimulatedModel:
 
     def __init__(self, perf):
         self.perf, self.now, self.spans, self.num_swapped = perf, 0.0, [], 0
+        self.layout = None      # of the last run: the arguments of layer_spans
 
     def clock(self):
         """Virtual seconds."""
@@ -406,6 +464,7 @@ class SimulatedModel:
         num_sampled = sum(len(b.sampled_rows) for b in sub_batches)
         predicted = perf.iteration(loads, num_sampled)
         self.now = start + predicted.total_ms / 1e3
+        self.layout = (loads, perf.n_layer, perf.once_ms(num_sampled), start)
         self.spans = [Span(lane, "iteration", 0, 0, start, start + ms / 1e3)
                       for lane, ms in (("gpu", predicted.gpu_ms), ("cpu", predicted.cpu_ms))]
         return sub_batches[0].sampled_rows.new_zeros((num_sampled, 1))

@@ -1,25 +1,21 @@
-"""What came out of a benchmark: metrics, a table, sentences, a timeline and pictures.
+"""What came out of a benchmark: metrics, a table, sentences and pictures.
 
 Metrics have the names and meanings of vLLM's serving benchmark. Knows nothing of the engine, only
 when tokens came and what bench.py adds to a result. Test: pytest -k "bench or overlaps or figures"
 """
-import json
 import statistics
-import string
 import sys
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 STEADY = (0.3, 0.7)     # the steady window lies between these shares of the completions
 FEW = 20                # with fewer completions in it, its throughput may mislead
-SHOW_SYMMETRIC = "python bench.py --strategies gpu-only,symmetric --timeline t.json"
+SHOW_SYMMETRIC = "python bench.py --strategies gpu-only,symmetric --timeline t.html"
 SHOW_NEO = ("python bench.py --model llama-7b --simulate t4 --gpu-blocks 54 --cpu-mem 18.6 "
             "--max-batch-tokens 832 --dataset-name osc --num-prompts 300")
-LANES = {"gpu": "GPU", "cpu": "CPU", "copy": "copies", "move": "KV of prompts"}
 
 
 class Metric(NamedTuple):
@@ -188,35 +184,6 @@ def sentence(results, where):
 
 
 # ---------------------------------------------------------------------------------- pictures
-
-def write_trace(path, trace):
-    """Chrome / Perfetto trace of [(strategy, perfmodel.Span)]; open it in ui.perfetto.dev.
-
-    A strategy is a process. Its lanes are the GPU, the CPU, on CUDA the copies, and the prompts'
-    KV on its way between the tiers.
-    """
-    strategies = list(dict.fromkeys(strategy for strategy, _ in trace))
-    used = {span.lane for _, span in trace}
-    lanes = [lane for lane in LANES if lane in used]
-    zero = min((span.start for _, span in trace), default=0.0)
-    events = []
-    for pid, strategy in enumerate(strategies):
-        meta = {"ph": "M", "pid": pid}
-        events.append(meta | {"name": "process_name", "args": {"name": strategy}})
-        events += [meta | {"name": "thread_name", "tid": tid, "args": {"name": LANES[lane]}}
-                   for tid, lane in enumerate(lanes)]
-    for strategy, span in trace:
-        letter = string.ascii_uppercase[span.sub_batch]
-        events.append({
-            "ph": "X",
-            "name": f"{span.stage} {span.layer}{letter}",
-            "pid": strategies.index(strategy),
-            "tid": lanes.index(span.lane),
-            "ts": 1e6 * (span.start - zero),
-            "dur": 1e6 * (span.end - span.start),
-            "args": {"layer": span.layer, "sub_batch": letter}})
-    Path(path).write_text(json.dumps({"traceEvents": events}))
-
 
 @dataclass
 class Panel:

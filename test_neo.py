@@ -32,9 +32,9 @@ import cpu_attn
 import hub
 import measure
 import neo
-import report
 import startup
 import strategies
+import timeline
 import workload
 from aim import best_aim
 from bounds import fluid_limit, pipelining_bound
@@ -54,6 +54,7 @@ from perfmodel import (
     Work,
     find_testbed,
     layer_ms,
+    layer_spans,
 )
 from plan import Plan
 from queues import Captures
@@ -1465,9 +1466,9 @@ def test_pipelining_overlaps_cpu_attention_with_gpu_work(tmp_path):
     """From the timeline's own spans: while the CPU attends for one sub-batch, the GPU works on the
     other."""
     llm = LLM("llama-160m", "symmetric", device="cpu", max_model_len=512)
-    spans = []
-    llm.on_iteration = lambda new, start, end: spans.extend(new)
+    recorder = timeline.Recorder(llm)
     llm.generate([[1] * 200] * 8, SamplingParams(max_tokens=4, ignore_eos=True))
+    spans = [s for it in recorder.iterations for s in it.spans]
     gpu = [s for s in spans if s.lane == "gpu"]
     cpu = [s for s in spans if s.lane == "cpu"]
 
@@ -1484,7 +1485,7 @@ def test_pipelining_overlaps_cpu_attention_with_gpu_work(tmp_path):
     assert own == 0.0  # an attention never runs before its own q, k and v exist
     # scheduling noise aside it is nearly all of it
     assert both > 0.3 * sum(c.end - c.start for c in cpu)
-    report.write_trace(tmp_path / "t.json", [("symmetric", s) for s in spans])
+    timeline.write(tmp_path / "t.json", [recorder], "")
     events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
     assert {e["name"] for e in events if e["ph"] == "X"} >= {
         "linear 0A",
@@ -1948,7 +1949,7 @@ def test_three_sub_batches_take_turns(registry):
 
     prompts, seen = make_prompts(9, 512, 40), []
     llm = LLM("tiny", "three", device="cpu", dtype="fp32", max_model_len=128)
-    llm.on_iteration = lambda spans, start, end: seen.extend(spans)
+    llm.on_iteration = lambda plan, spans, start, end: seen.extend(spans)
     tokens = [o.token_ids for o in llm.generate(prompts, EXACT)]
     assert {s.sub_batch for s in seen} == {0, 1, 2} and llm.stats()["pipelined_iterations"] > 9
     llm.reset("gpu-only")
@@ -1970,7 +1971,7 @@ LAYERS = (  # imports go from a layer to a layer below it, never up and never si
     {"lab"},
     {"serve"},
     {"bench", "server"},
-    {"neo", "report"},
+    {"neo", "report", "timeline"},
     {"measure", "workload"},
     {"model", "strategies", "startup", "bounds"},
     {"kvcache", "scheduler", "options", "aim", "hub", "chat"},
@@ -2322,9 +2323,105 @@ def test_bench_rejects_bad_flags(capsys):
         (["--simulate", "t4", "--testbed", "cpu_bw=fast"], "cpu_bw = 'fast' is not a number"),
         (["--testbed", "cpu_bw=1"], "add --simulate"),
         (["--dataset-name", "lengths", "--dataset-path", "/no"], "/no"),
+        (["--timeline", "t.svg"], r"t.svg: it must end in one of .html, .png, .json"),
+        (["--timeline", "/no/t.html"], "its folder does not exist"),
+        (["--timeline-iteration", "3"], "add --timeline F.png"),
+        (["--timeline", "t.png", "--timeline-iteration", "0"], "must be above 0"),
     ):
         status, _, err = run_main(bench.main, ["--model", "tiny", *argv], capsys)
         assert status and re.search(message, err), err
+
+
+# ------------------------------------------------------------------------------------ timeline
+
+T4 = ("--model llama-7b --simulate t4 --gpu-blocks 54 --cpu-mem 18.6 --max-batch-tokens 832 "
+      "--input-len 200 --output-len 40 --num-prompts").split()
+
+
+def assert_turns(spans, tolerance):
+    """Nobody does two things at once. spans: (lane, start, end)"""
+    for lane in {lane for lane, _, _ in spans}:
+        own = sorted(span[1:] for span in spans if span[0] == lane)
+        assert all(before[1] <= after[0] + tolerance for before, after in zip(own, own[1:]))
+
+
+@given(st.lists(st.builds(Load, *[st.floats(0.1, 9)] * 4), min_size=1, max_size=3),
+       st.integers(1, 5), st.floats(0, 9))
+def test_timeline_layers_add_up_to_the_prediction(loads, n_layer, once_ms):
+    """The layers of a simulation: each takes layer_ms, and they keep the rules of the formula."""
+    spans = layer_spans(loads, n_layer, once_ms, start=3.0)
+    period, total = layer_ms(*loads) / 1e3, (n_layer * layer_ms(*loads) + once_ms) / 1e3
+    assert_turns([(s.lane, s.start, s.end) for s in spans], 1e-9)
+    assert max(s.end for s in spans) <= 3 + total + 1e-9
+    stages = {(s.stage, s.layer, s.sub_batch): s for s in spans}
+    gpu = sum(s.end - s.start for s in spans if s.lane == "gpu")
+    assert 1e3 * gpu == pytest.approx(
+        n_layer * sum(x.linear_ms + x.gpu_ms for x in loads) + once_ms)
+    if once_ms:
+        assert stages["head", n_layer, 0].start == pytest.approx(3 + n_layer * period)
+        assert stages["head", n_layer, 0].end == pytest.approx(3 + total)
+    for k, load in enumerate(loads):
+        linear = [stages["linear", i, k] for i in range(n_layer)]
+        for i, (before, after) in enumerate(zip(linear, linear[1:])):
+            attention = stages["cpu_attend", i, k]
+            assert after.start - before.start == pytest.approx(period)
+            assert before.end <= attention.start + 1e-9 and attention.end <= after.start + 1e-9
+            assert 1e3 * (attention.end - attention.start) == pytest.approx(load.cpu_ms)
+            assert stages["attend", i, k].start >= before.end - 1e-9
+
+
+def test_timeline_page_agrees_with_the_run(tmp_path, monkeypatch):
+    """One page without network. Its data are the run's: iterations, rows, blocks, stages."""
+    monkeypatch.setattr(timeline, "DETAILED", 40)
+    page, result = tmp_path / "t.html", tmp_path / "r.json"
+    bench.main([*T4, "60", "--timeline", str(page), "--result-filename", str(result)])
+    text = page.read_text()
+    for loaded in ("http:", "https:", "src=", "href=", "url(", "@import", "fetch(", "import("):
+        assert loaded not in text.replace("fetch KV", "")
+    data = json.loads(re.search('<script type="application/json".*?>(.*?)</script>', text)[1])
+    results = json.loads(result.read_text())["results"]
+    assert [run["strategy"] for run in data["runs"]] == ["gpu-only", "neo"] == list(results)
+    for run, want in zip(data["runs"], results.values()):
+        its = run["iterations"]
+        assert len(its) == want["iterations"] and its[0]["waiting"] > 0 == its[-1]["waiting"]
+        assert sum(len(it["rows"]) > 1 for it in its) == want["pipelined_iterations"]
+        assert sum(rows[2] for it in its for rows in it["rows"]) == want["cpu_decode_tokens"]
+        changes, held = iter([*run["changes"], None]), {}
+        change = next(changes)
+        for i, it in enumerate(its):
+            while change and change[0] == i:
+                held[change[1]] = change[2:]
+                change = next(changes)
+            for tier, running in zip(("gpu", "cpu"), it["running"]):
+                blocks = [n for name, n in held.values() if name == tier]
+                assert len(blocks) == running and sum(blocks) <= run["num_blocks"][tier]
+        assert not change and not any(blocks for _, blocks in held.values())
+        assert 20 <= len(run["detail"]) <= 21 < len(its)
+        for i, spans in run["detail"].items():
+            it = its[int(i)]
+            assert_turns([(lane, *span) for lane, _, _, _, *span in spans], 1)
+            assert {s[2] for s in spans if data["lanes"][s[0]] == "GPU"} == set(range(33))
+            assert {s[3] for s in spans} == set(range(len(it["rows"])))
+            assert all(it["start"] <= s[4] <= s[5] <= it["end"] + 1 for s in spans)
+
+
+def test_timeline_picture_of_one_iteration(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    argv = [*T4, "6", "--strategies", "neo", "--timeline", str(tmp_path / "t.png")]
+    bench.main([*argv, "--timeline-iteration", "3"])
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+    status, out, err = run_main(bench.main, [*argv, "--timeline-iteration", "9999"], capsys)
+    assert status == 1 and re.search("--timeline-iteration 9999: neo ran [0-9]+ iterations", err)
+    assert "request/s" in out
+    monkeypatch.setattr(timeline.importlib.util, "find_spec", lambda name: None)
+    _, _, err = run_main(bench.main, argv, capsys)
+    assert "needs matplotlib: pip install matplotlib" in err
+    its = [timeline.Iteration(0, 1 + (i == 5), [], None, [(1, 0, 0)] * (1 + (i in (2, 12))), 0, ())
+           for i in range(20)]
+    run = types.SimpleNamespace(iterations=its)
+    assert timeline.choose(run) == 12 and timeline.choose(run, 3) == 2
+    run.iterations = its[:12]
+    assert timeline.choose(run) == 5
 
 
 # ---------------------------------------------------------------------------------- simulation
