@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import hub  # noqa: F401  before the next line: the demo model lies in the user's own cache
+
 os.environ["XDG_CACHE_HOME"] = CACHE = tempfile.mkdtemp()   # read when measure.py is imported
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 if not torch.cuda.is_available():

@@ -10,6 +10,7 @@ tokens, invariants and overlap, never on time.
 import ast
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import random
@@ -260,6 +261,40 @@ def test_tokens_equal_transformers(checkpoints, reference, name, strategy):
         stats["gpu_blocks_free"] == stats["gpu_blocks"]
         and stats["cpu_blocks_free"] == stats["cpu_blocks"]
     )
+
+
+QUESTIONS = ("What is the capital of", "Write a poem about", "How do I cook", "Explain why",
+             "Translate to French:")
+THINGS = ("France", "rain", "rice", "the sky", "a cat", "42 trains", "naïve café", "def f(x):")
+
+
+@pytest.mark.real_weights
+def test_a_real_chat_model():
+    """SmolLM2: 40 chat prompts under every strategy in a starved GPU tier, float32 tokens equal
+    transformers'. Its template and its tokenizer give what transformers' give."""
+    transformers = pytest.importorskip("transformers")
+    if not (hub.DEMO_FOLDER / "config.json").is_file():
+        pytest.skip("no demo model: python -m lab.demo_model makes it")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(hub.DEMO_FOLDER)
+    hf = transformers.AutoModelForCausalLM.from_pretrained(hub.DEMO_FOLDER, dtype=torch.float32)
+    llm = LLM("smollm2", device="cpu", dtype="fp32", gpu_blocks=12, max_model_len=96, cpu_mem=0.02)
+    render = chat.load_chat_template(llm.path, llm.tokenizer)
+    prompts = []
+    for question, thing in itertools.product(QUESTIONS, THINGS):
+        messages = [{"role": "user", "content": f"{question} {thing}"}]
+        prompts.append(render(messages, 96))
+        assert prompts[-1] == tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False)
+    hf.generation_config.eos_token_id = None    # min_new_tokens would forbid its id
+    want = hf_generate(hf, prompts, 8)
+    assert "Paris" in tokenizer.decode(want[0])
+    for name in STRATEGIES:
+        llm.reset(name)
+        outs = llm.generate(prompts, SamplingParams(max_tokens=8, ignore_eos=True))
+        assert [o.token_ids for o in outs] == want, name
+        assert name.startswith("gpu-") or llm.stats()["cpu_decode_tokens"] > 0
+        llm.kv.check()
+        assert outs[0].text == tokenizer.decode(want[0], skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
