@@ -770,6 +770,17 @@ def test_no_chat_template_is_said(server):
     assert server.get("/v1/nothing").status_code == 404
 
 
+def test_the_served_model_has_a_name_of_its_own(server):
+    """--served-model-name is the name for clients, in every answer and error."""
+    from starlette.testclient import TestClient  # fastapi brings it
+    app = TestClient(serve.Routes(server.llm, server.engine, name="nick").app())
+    assert [m["id"] for m in app.get("/v1/models").json()["data"]] == ["nick"]
+    r = app.post("/v1/completions", json={"model": "tiny", "prompt": [1], "max_tokens": 1})
+    assert r.status_code == 404 and "this server has 'nick'" in r.text
+    r = app.post("/v1/completions", json={"model": "nick", "prompt": [1], "max_tokens": 1})
+    assert r.status_code == 200 and r.json()["model"] == "nick"
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: (st.lists(inner, max_size=4)
