@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server on the engine: completions, chat, streaming, metrics.
+"""An OpenAI-compatible server on the engine: completions, chat, streaming, metrics, a live page.
 
     python serve.py --model PATH --port 8000        (clients: see README)
 
@@ -17,7 +17,13 @@ from functools import partial
 
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import (
+    HTMLResponse,
+    JSONResponse,
+    PlainTextResponse,
+    Response,
+    StreamingResponse,
+)
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -26,6 +32,7 @@ from neo import LLM
 from options import Parser, add_engine_flags, engine_options
 from server.engine_thread import MAX_FAILURES, EngineThread, Refused
 from server.guard import BoundedProtocol, Guard
+from server.live import LiveView, load_page
 from server.openapi_doc import describe
 from server.protocol import Chat, Completion, Reply, error_json, error_response, parse_body
 
@@ -42,6 +49,7 @@ class Routes:
         self.template = template and partial(template, max_tokens=llm.max_request_len)
         self.model = {"id": self.name, "object": "model", "created": 0, "owned_by": "neo",
                       "max_model_len": llm.max_request_len}
+        self.view, self.page = LiveView(llm, self.name, template is not None), load_page()
         self.parsing = ThreadPoolExecutor(1, "parse")           # see parse_body
         self.tokenizing = ThreadPoolExecutor(2, "tokenize")     # a long prompt takes a core
 
@@ -53,9 +61,11 @@ class Routes:
             HTTPException, lambda request, error: error_response(
                 error.status_code, error.detail, headers=error.headers))
         for path, route in (("/v1/models", self.models), ("/v1/models/{name:path}", self.one_model),
-                            ("/health", self.health), ("/metrics", self.metrics)):
+                            ("/health", self.health), ("/metrics", self.metrics),
+                            ("/live", self.live)):
             app.get(path, **describe(path))(route)
             app.head(path, include_in_schema=False)(route)
+        app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)(self.live_page)
         for path, route in (("/v1/completions", self.completions),
                             ("/v1/chat/completions", self.chat)):
             app.post(path, **describe(path))(route)
@@ -164,6 +174,13 @@ class Routes:
         text = self.engine.metrics.text()
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
+    def live(self):
+        return JSONResponse(self.view.report())
+
+    def live_page(self):
+        html, headers = self.page
+        return HTMLResponse(html, headers=headers)
+
 
 class Server(uvicorn.Server):
     """uvicorn, but on SIGTERM or Ctrl-C it takes no more requests, gives those in flight `grace`
@@ -266,8 +283,8 @@ def main(argv=None):
     # 10 s more than `grace`, because aborted requests end only with the present iteration.
     config = uvicorn.Config(app, log_level="warning", http=BoundedProtocol,
                             timeout_graceful_shutdown=int(args.grace) + 10)
-    print(f"serving    http://{args.host}:{listener.getsockname()[1]}/v1", file=sys.stderr,
-          flush=True)
+    url = f"http://{args.host}:{listener.getsockname()[1]}"
+    print(f"serving    {url}/v1, and a live page at {url}/", file=sys.stderr, flush=True)
     sys.setswitchinterval(0.001)    # the engine gets the GIL back after 1 ms, not after 5
     gc.collect()
     gc.freeze()         # the garbage collector need not search what stays, which takes 0.1 s

@@ -26,10 +26,11 @@ def max_connections():
 HEADER_SECONDS = 10     # that a client may take to send the header of a request
 BODY_SECONDS = 60       # that it may take to send the body
 MAX_CONNECTIONS = max_connections()
+OPEN = ("/health", "/")     # paths without the API key; the page at / asks its reader for it
 
 
 class Guard:
-    """ASGI middleware: asks for the API key everywhere but on /health, and refuses a body that is
+    """ASGI middleware: asks for the API key everywhere but on OPEN, and refuses a body that is
     larger than max_body bytes or takes longer than BODY_SECONDS to come."""
 
     def __init__(self, app, api_key, max_body):
@@ -39,7 +40,7 @@ class Guard:
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        if self.wanted and scope["path"] != "/health":
+        if self.wanted and scope["path"] not in OPEN:
             scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
             if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self.wanted):
                 refuse = error_response(401, "missing or wrong API key", "invalid_api_key",

@@ -8,7 +8,7 @@ from fastapi.responses import Response
 from server.protocol import Chat, Completion
 
 BODIES = {"/v1/completions": Completion, "/v1/chat/completions": Chat}
-FAILURES = {"/health": [503], "/metrics": [401], "/v1/models": [401],
+FAILURES = {"/health": [503], "/metrics": [401], "/live": [401], "/v1/models": [401],
             "/v1/models/{name:path}": [401, 404],
             **dict.fromkeys(BODIES, [400, 401, 404, 408, 413, 429, 503])}
 

@@ -29,6 +29,7 @@ httpx, openai, uvicorn = (pytest.importorskip(name) for name in ("httpx", "opena
 import serve  # noqa: E402
 from chat import load_chat_template  # noqa: E402
 from server import guard  # noqa: E402
+from server import live as live_view  # noqa: E402
 from server.engine_thread import EngineThread  # noqa: E402
 from server.protocol import Message  # noqa: E402
 
@@ -47,10 +48,10 @@ class Running:
                  http="auto", **app):
         self.llm, self.api_key = llm, api_key
         self.engine = EngineThread(llm, max_queue, buffer)
-        routes = serve.Routes(llm, self.engine, template)
+        self.routes = serve.Routes(llm, self.engine, template)
         config = uvicorn.Config(
-            routes.app(api_key, **app), host="127.0.0.1", port=0, log_level="warning", http=http,
-            timeout_graceful_shutdown=int(grace) + 2)
+            self.routes.app(api_key, **app), host="127.0.0.1", port=0, log_level="warning",
+            http=http, timeout_graceful_shutdown=int(grace) + 2)
         self.server = serve.Server(config, self.engine, grace)
         self.server.capture_signals = contextlib.nullcontext    # only the main thread gets them
         listener = config.bind_socket()
@@ -386,9 +387,10 @@ def test_a_log_that_cannot_be_written_hurts_nobody(monkeypatch):
 
 
 def test_what_may_be_read_without_the_key():
-    """/health alone, which says nothing but its state; the scheme has no case; HEAD works."""
+    """/health, which says nothing but its state, and the page at /, which asks for the key; the
+    scheme has no case; HEAD works."""
     with running(LLM("tiny", "gpu-only", **SMALL), api_key="s3cret") as server:
-        for path in ("/metrics", "/docs", "/redoc", "/openapi.json", "/v1/models"):
+        for path in ("/metrics", "/docs", "/redoc", "/openapi.json", "/v1/models", "/live"):
             assert server.get(path).status_code == 401
             for scheme in ("Bearer", "bearer", "BEARER"):
                 headers = {"Authorization": f"{scheme} s3cret"}
@@ -813,3 +815,133 @@ def test_settled_text_holds_back_what_may_begin_a_stop_string():
     assert out.settled_text() == "xxab"
     short = RequestOutput(Request(0, [], 16), SamplingParams(stop=["abcde"]), "abc")
     assert short.settled_text() == ""
+
+
+# ------------------------------------------------------------------------------ the live page
+
+def test_live_page_asks_no_other_site(server):
+    """Its policy allows its own script and style alone; text becomes HTML nowhere."""
+    r = server.get("/")
+    assert r.status_code == 200 and r.headers["content-type"].startswith("text/html")
+    assert not re.search(r"https?:|//\w|src=|@import|innerHTML|insertAdjacent|eval\(", re.sub(
+        r"^ *//.*|; +//.*", "", r.text, flags=re.M))
+    policy = r.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "connect-src 'self'" in policy
+    assert "unsafe" not in policy and policy.count("'sha256-") == 2
+
+
+def test_live_tells_the_owners_that_the_cache_knows():
+    """While requests run, after a swap to the CPU tier, and none at the end."""
+    llm, truth = LLM("tiny", "neo", **SMALL), {}
+    with running(llm) as server:
+        record = llm.on_iteration
+
+        def record_and_check(plan, spans, start, end):
+            record(plan, spans, start, end)
+            truth[llm.scheduler.iteration] = {
+                (seq.tier, block): request for request, seq in llm.kv.sequences.items()
+                for block in seq.blocks}
+            time.sleep(0.002)
+        llm.on_iteration = record_and_check
+        server.get("/live")
+        body = {"prompt": [[i] * 40 for i in range(1, 13)], "max_tokens": 80, "ignore_eos": True}
+        call = threading.Thread(target=server.post, args=(body,))
+        call.start()
+        seen = []
+        while call.is_alive():
+            seen.append(server.get("/live").json())
+        call.join()
+        seen = [live for live in seen if live["iteration"] and live["busy"]]
+        for live in seen:
+            assert truth[live["iteration"]] == {
+                (tier, block): request for tier, part in live["tiers"].items()
+                for block, request in enumerate(part["squares"]) if request >= 0}
+            assert len(live["iterations"]) <= 8
+            assert all(0 <= start <= end <= it["length"] + 1 for it in live["iterations"]
+                       for _, _, _, start, end in it["spans"])
+        assert {tier for live in seen for tier, block in truth[live["iteration"]]} == {"gpu", "cpu"}
+        assert max(live["tokens_per_s"] for live in seen) > 0
+        end = server.get("/live").json()
+        assert not end["busy"] and end["tokens_per_s"] == 0 and end["waiting"] == 0
+        for tier in end["tiers"].values():
+            assert tier["used"] == 0 and set(tier["squares"]) <= {-1}
+        assert end["swapped_blocks"] == llm.stats()["swapped_blocks"]
+    assert live_view.squares([(7, (0, 5)), (8, (4,))], 6, 2) == [7, -1, 8]
+
+
+def test_nothing_is_recorded_while_nobody_looks_and_an_error_costs_the_picture_alone(monkeypatch):
+    body = {"prompt": [1] * 20, "max_tokens": 5, "ignore_eos": True}
+    with running(LLM("tiny", "neo", **SMALL), api_key="s3cret") as server:
+        key, view = {"Authorization": "Bearer s3cret"}, server.routes.view
+        assert server.get("/live").status_code == 401 and server.get("/").status_code == 200
+        server.post(body, headers=key)
+        assert view.latest is None
+        assert CLIENT.get(server.url + "/live", headers=key).json()["iterations"] == []
+        server.post(body, headers=key)
+        first = view.latest
+        assert len(first.iterations) == 5 and hash(first)       # of immutable parts alone
+        server.post(body, headers=key)
+        assert view.latest is not first and len(first.iterations) == 5
+        view.until, before = 0.0, view.latest                   # as if 2 seconds had passed
+        server.post(body, headers=key)
+        assert view.latest is before
+        assert CLIENT.get(server.url + "/live", headers=key).json()["iterations"] == []
+        monkeypatch.setattr(view, "_snapshot", lambda *args: 1 / 0)
+        assert server.post(body, headers=key).json()["usage"]["completion_tokens"] == 5
+        assert server.llm.on_iteration is None and nothing_held(server.llm)
+
+
+def browser_page(stack):
+    """A page of a headless Chromium, or the test is skipped."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("needs Chromium")
+    browser = stack.enter_context(playwright.sync_playwright()).chromium.launch(
+        executable_path=chromium, args=["--no-sandbox"])
+    stack.callback(browser.close)
+    return browser.new_page()
+
+
+COUNT_COLOURS = """canvas => {
+    const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+    const colours = new Set();
+    for (let i = 0; i < data.length; i += 4) {
+        if (data[i + 3] === 255) colours.add((data[i] << 16) + (data[i + 1] << 8) + data[i + 2]);
+    }
+    return colours.size;
+}"""
+
+
+def test_live_page_in_a_browser(text_server):
+    """Chat answers, a flood's blocks appear and leave, Esc ends an answer; no error is logged."""
+    server, errors = text_server, []
+    with contextlib.ExitStack() as stack:
+        page = browser_page(stack)
+        page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+
+        def colours():      # of both tiers: 2 if all blocks are free
+            return sum(page.eval_on_selector(f"#{tier}", COUNT_COLOURS) for tier in ("gpu", "cpu"))
+        page.goto(server.url + "/")
+        page.wait_for_selector("#numbers dd")
+        page.fill("#max-tokens", "12")
+        page.fill("#text", "<b>hello</b>")
+        page.press("#text", "Enter")
+        wait_for(lambda: "assistant" in page.inner_html("#log") and page.is_enabled("#send"))
+        assert page.inner_text("#log .user") == "<b>hello</b>"
+        assert page.locator("#log .error, #log b").count() == 0
+        page.fill("#num", "12")
+        page.fill("#output-len", "300")
+        page.click("#flood button")
+        wait_for(lambda: colours() > 4)
+        page.fill("#max-tokens", "300")
+        page.fill("#text", "again")
+        page.press("#text", "Enter")
+        wait_for(lambda: page.is_enabled("#stop"))
+        page.press("#text", "Escape")
+        wait_for(lambda: page.is_enabled("#send"))
+        wait_for(lambda: "output tokens/s" in page.inner_text("#flood-text"))
+        wait_for(lambda: nothing_held(server.llm) and colours() == 2)
+        assert page.inner_text("#gpu-text").startswith("GPU tier: 0 of 26 blocks used")
+        assert errors == []
