@@ -48,7 +48,8 @@ def fluid_limit(perf, lengths, gpu_tokens, cpu_tokens):
     W = params * perf.itemsize / perf.bandwidth / 1e3
     gpu_s = perf.n_layer * perf.gpu_decode(K) / 1e3                # of a request's decodes
     cpu_s = K * t / (perf.bed.cpu_bw * 1e9)
-    moved = sum(i * t + (o - 1) * perf.row_bytes * perf.n_layer for i, o in lengths) / n
+    moved = perf.n_layer * sum(i * perf.sent_bytes + (o - 1) * perf.row_bytes
+                               for i, o in lengths) / n
     X = perf.transfer(moved) / 1e3
 
     def rates(f):

@@ -701,7 +701,7 @@ def test_names_of_the_hub(monkeypatch, tmp_path):
     for kind, message in ((errors.GatedRepoError, "gated: accept.*HF_TOKEN"),
                           (errors.RepositoryNotFoundError, "no such folder here, and no such"),
                           (errors.RevisionNotFoundError, "the hub has .*not this rev"),
-                          (errors.LocalEntryNotFoundError, "cannot be reached.*give a folder")):
+                          (errors.LocalEntryNotFoundError, "the hub cannot be.*give a folder")):
         error = kind.__new__(kind)          # how it is made differs between versions
 
         def fail(*args, error=error, **options):
