@@ -99,7 +99,6 @@ def follow(llm, out):
             shown = max(shown, len(new))
     except KeyboardInterrupt:
         llm.abort(out.request_id)
-    print(flush=True)
 
 
 def converse(llm, params):
@@ -135,4 +134,5 @@ def converse(llm, params):
             messages.pop()
             continue
         follow(llm, out)
+        print()
         messages.append({"role": "assistant", "content": out.text})

@@ -433,7 +433,9 @@ def main(argv=None):
         prompt = args.prompt
         if args.token_ids is not None:
             prompt = [int(t) for t in args.token_ids.split()]
-        max_tokens = args.max_tokens or (512 if args.chat else 64)
+        max_tokens = args.max_tokens
+        if max_tokens is None:
+            max_tokens = 512 if args.chat else 64
         params = SamplingParams(max_tokens, args.temperature, args.top_p, args.top_k,
                                 args.seed, args.ignore_eos, args.stop)
         llm = LLM(args.model, args.strategy, **engine_options(args))
@@ -448,7 +450,7 @@ def main(argv=None):
         sys.exit("interrupted before the first token")
     print(llm.describe(), file=sys.stderr)
     follow(llm, out)
-    print(f"[{len(out.token_ids)} tokens, {out.finish_reason}]", file=sys.stderr)
+    print(f"\n[{len(out.token_ids)} tokens, {out.finish_reason}]", file=sys.stderr)
     sys.exit(130 if out.finish_reason == "abort" else 0)
 
 
