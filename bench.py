@@ -26,6 +26,7 @@ import report
 import timeline
 from bounds import fluid_limit, pipelining_bound
 from checkpoint import load_config
+from hub import find_model
 from kernels.cpu_bandwidth import host_read_bandwidth
 from neo import LLM, SamplingParams
 from options import Parser, add_engine_flags, engine_options, output_file
@@ -214,9 +215,14 @@ def has_gpu(args):
     return bool(args.simulate) or resolve_device(args.device).type == "cuda"
 
 
+def model_path(args):
+    """A preset's name or a path, of whatever --model names."""
+    return find_model(args.model, weights=not args.simulate)
+
+
 def default_sizes(args):
     """[requests, tokens in, tokens out] that the flags ask for, else by device and model."""
-    num_params = load_config(args.model).num_params
+    num_params = load_config(model_path(args)).num_params
     sizes = SIZES_CUDA
     if not has_gpu(args):
         sizes = next(sizes for limit, sizes in SIZES_CPU.items() if num_params <= limit)
@@ -245,7 +251,7 @@ def prepare(args, requests=None):
     Raises ValueError on what does not exist or does not fit.
     """
     strategies = {name: find_strategy(name) for name in args.strategies.split(",")}
-    cfg, rng = load_config(args.model), np.random.default_rng(args.seed)
+    cfg, rng = load_config(model_path(args)), np.random.default_rng(args.seed)
 
     # 1. The lengths of the requests.
     if requests:
@@ -253,7 +259,7 @@ def prepare(args, requests=None):
         pace = "at their times"
     else:
         prompts, output_lens, source = draw_requests(
-            args.dataset_name, args.dataset_path, *default_sizes(args), rng, args.model)
+            args.dataset_name, args.dataset_path, *default_sizes(args), rng, model_path(args))
         rate, arrivals = args.request_rate, None
         pace = "all at once" if math.isinf(rate) else f"Poisson, {rate:g} per second"
     limit = args.max_model_len or cfg.max_position

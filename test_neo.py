@@ -764,6 +764,15 @@ def test_a_conversation_in_the_terminal(text_models, tmp_path, monkeypatch, caps
         chat.converse(LLM("tiny", device="cpu"), SamplingParams())
 
 
+def test_a_benchmark_of_a_name(text_models, monkeypatch, capsys):
+    """--model takes every name that LLM takes."""
+    monkeypatch.setattr(hub, "DEMO_FOLDER", text_models["tokenizers"])
+    argv = ["--model", "smollm2", "--device", "cpu", "--dtype", "fp32", "--num-prompts", "2",
+            "--input-len", "5", "--output-len", "3", "--strategies", "gpu-only"]
+    status, out, _ = run_main(bench.main, argv, capsys)
+    assert not status and "smollm2" in out
+
+
 def test_mistrals_own_files(tmp_path):
     """params.json with hidden_dim: another spelling of the Meta layout."""
     (tmp_path / "params.json").write_text(json.dumps(dict(

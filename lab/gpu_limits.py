@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from bench import errors_in_one_line, write_json
 from checkpoint import load_config
+from hub import find_model
 from kernels.cpu_bandwidth import host_read_bandwidth
 from measure import Deadline, made_up_request, time_stages
 from neo import LLM, SamplingParams
@@ -186,7 +187,7 @@ def run_floor(args):
         output_len = max(args.output_len, tokens_for(num_requests, args.steps))
         return args.input_len + output_len
     if args.max_model_len is None:
-        limit = load_config(args.model).max_position
+        limit = load_config(find_model(args.model)).max_position
         options["max_model_len"] = min(length(max(args.batches)), limit)
     limits = ceilings(resolve_device(args.device))
     print(describe_limits(limits))
