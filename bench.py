@@ -222,10 +222,14 @@ def model_path(args):
 
 def default_sizes(args):
     """[requests, tokens in, tokens out] that the flags ask for, else by device and model."""
-    num_params = load_config(model_path(args)).num_params
+    return sizes_for(args, load_config(model_path(args)))
+
+
+def sizes_for(args, cfg):
+    """default_sizes, where the model's Config is known already."""
     sizes = SIZES_CUDA
     if not has_gpu(args):
-        sizes = next(sizes for limit, sizes in SIZES_CPU.items() if num_params <= limit)
+        sizes = next(sizes for limit, sizes in SIZES_CPU.items() if cfg.num_params <= limit)
     flags = (args.num_prompts, args.input_len, args.output_len)
     return [flag or size for flag, size in zip(flags, sizes, strict=True)]
 
@@ -251,7 +255,8 @@ def prepare(args, requests=None):
     Raises ValueError on what does not exist or does not fit.
     """
     strategies = {name: find_strategy(name) for name in args.strategies.split(",")}
-    cfg, rng = load_config(model_path(args)), np.random.default_rng(args.seed)
+    path, rng = model_path(args), np.random.default_rng(args.seed)
+    cfg = load_config(path)
 
     # 1. The lengths of the requests.
     if requests:
@@ -259,7 +264,7 @@ def prepare(args, requests=None):
         pace = "at their times"
     else:
         prompts, output_lens, source = draw_requests(
-            args.dataset_name, args.dataset_path, *default_sizes(args), rng, model_path(args))
+            args.dataset_name, args.dataset_path, *sizes_for(args, cfg), rng, path)
         rate, arrivals = args.request_rate, None
         pace = "all at once" if math.isinf(rate) else f"Poisson, {rate:g} per second"
     limit = args.max_model_len or cfg.max_position

@@ -213,11 +213,11 @@ def _hf_config(c, path):
 
 def _sliding_window(c, model_type):
     """Tokens of the window of any layer, None where all layers attend to everything."""
-    if c.get("use_sliding_window", model_type == "mistral") is False:
+    if not c.get("use_sliding_window", model_type == "mistral") or model_type == "llama":
         return None
     if "sliding_attention" not in c.get("layer_types", ["sliding_attention"]):
         return None
-    return c.get("sliding_window") if model_type != "llama" else None
+    return c.get("sliding_window")
 
 
 def _generation_eos(path, eos_ids):

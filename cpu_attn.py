@@ -350,7 +350,7 @@ def _require_decode(q, k_cache, v_cache, block_table, seq_lens, out, dtype, path
     if H % Hkv:
         raise ValueError(f"q has {H} heads: not a multiple of the cache's {Hkv}")
     if np.uint16 in (k_cache.dtype, q.dtype) and dtype not in ("bf16", "fp16"):
-        raise ValueError(f"a uint16 cache is read as 'bf16' or 'fp16', got {dtype!r}")
+        raise ValueError(f"uint16 is read as 'bf16' or 'fp16', got {dtype!r}")
     if path not in (None, *PATHS):
         raise ValueError(f"path {path!r}: this processor has {', '.join(PATHS)}")
 

@@ -6,8 +6,8 @@ and head has its own scale, x = scale * row with scale = max |x| / 127, and the 
     [..., bs, D + 4] int8   =   rows [bs, D] int8, then scales [bs] float32
 
 is one run of memory. This is not exact: --cpu-kv int8 and --gpu-kv int8 ask for it. K and V are
-rounded when they enter such a tier and widened when they leave it. Knows no tiers, no attention;
-what the CPU kernels make of the same layout is in cpu_attn.py.
+rounded when they enter such a tier and widened when they leave it. Knows no tiers and computes no
+attention; cpu_attn.py has the same layout for its kernels, and the size of a scale.
 """
 import torch
 

@@ -32,7 +32,7 @@ from options import Options, Parser, add_engine_flags, engine_options
 from perfmodel import Prediction, Profile, Roofline, SimulatedModel, busy_seconds, find_testbed
 from request import Request, RequestOutput, SamplingParams
 from sampling import sample
-from scheduler import Scheduler
+from scheduler import MAX_RUNNING, Scheduler
 from startup import (
     device_name,
     fmt_gib,
@@ -61,7 +61,7 @@ class LLM:
     def __init__(self, model, strategy="neo", **options):
         options = Options.of(str(model), strategy, options)
         self.name, self.seed, self.ttft_queue = options.model, options.seed, options.ttft_queue
-        self.max_num_seqs = options.max_num_seqs
+        self.max_num_seqs = options.max_num_seqs or MAX_RUNNING
         self.path = find_model(self.name, weights=not options.simulate)
         self.verbose = False            # print each iteration
         self.on_iteration = None        # is called with (plan, spans, start, end)
@@ -310,9 +310,8 @@ class LLM:
             self.errors.append(abs(predicted_ms / measured.total_ms - 1))
             self.perf.observe(plan.predicted, measured)
         if self.verbose:
-            rows = " | ".join(
-                f"prefill {sum(r.num_scheduled for r in b.prefill):5d} "
-                f"gpu {len(b.gpu_decodes):3d} cpu {len(b.cpu_decodes):3d}" for b in plan.batches)
+            rows = " | ".join("prefill {:5d} gpu {:3d} cpu {:3d}".format(*b.counts())
+                              for b in plan.batches)
             print(f"iteration {s.iteration:5d}  {rows}  waiting {len(s.waiting):3d}  predicted "
                   f"{predicted_ms:8.1f} ms  measured {measured.total_ms:8.1f} ms", file=sys.stderr)
         if self.on_iteration:

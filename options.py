@@ -44,7 +44,7 @@ class Options:
         None, int, "prompt tokens per iteration (default 2048); longer prompts are prefilled "
         "in chunks", "N", alias="--max-num-batched-tokens")
     max_num_seqs: int = option(
-        512, int, "requests that hold KV at a time; more wait (default 512)", "N")
+        None, int, "requests that hold KV at a time; more wait (default and most 512)", "N")
     ttft_queue: int = option(
         4, int, "while at most N requests wait, prompts are prefilled whole, for a short time to "
         "first token; with more, in even chunks, for throughput (-1: always even)", "N")
@@ -58,7 +58,7 @@ class Options:
         "(torch, numba, triton)")
     cpu_attn: str = option(
         "auto", str, "attention on the CPU tier: auto, or a path of cpu_attn.py that this "
-        "processor has (dot, fma, portable)")
+        "processor has (dot, fma, int, portable)")
     eager: bool = option(False, bool, "launch every GPU kernel by itself: no CUDA graphs")
 
     @classmethod

@@ -96,7 +96,8 @@ def layer_spans(loads, n_layer, once_ms, start):
     The formula leaves out the end, where nobody is left to hide the last attention of B. Here it
     runs beside the head and is cut where the iteration ends.
     """
-    period, end_ms = layer_ms(*loads), n_layer * layer_ms(*loads) + once_ms
+    period = layer_ms(*loads)
+    end_ms = n_layer * period + once_ms
     gpu_start = [0.0, *accumulate(x.linear_ms + x.gpu_ms for x in loads)]
     linear_end = [ms + x.linear_ms for ms, x in zip(gpu_start, loads, strict=False)]
     cpu_start = _take_turns(linear_end, [x.cpu_ms for x in loads], period)
@@ -146,7 +147,9 @@ class PerfModel:
 
     def __init__(self, n_layer, token_bytes):
         self.n_layer, self.token_bytes = n_layer, token_bytes
-        self.sent_bytes = token_bytes["cpu"]    # of k and v on their way to the CPU tier
+        # Of a token's k and v on their way to the CPU tier. Roofline has what is sent; Profile's
+        # `transfer` was measured over the bytes that the tier holds, so there it is those.
+        self.sent_bytes = token_bytes["cpu"]
 
     def load(self, work):
         """Work of a sub-batch -> its Load.

@@ -38,11 +38,14 @@ class Batch:
         ending = [r for r in self.prefill if r.ends_prefill]
         return ending + self.gpu_decodes + self.cpu_decodes
 
+    def counts(self):
+        """(prompt rows, GPU decodes, CPU decodes)"""
+        num_prompt_rows = sum(r.num_scheduled for r in self.prefill)
+        return num_prompt_rows, len(self.gpu_decodes), len(self.cpu_decodes)
+
     def work(self):
         """What it does in a layer (perfmodel.Work)."""
-        num_prompt_rows = sum(r.num_scheduled for r in self.prefill)
-        return Work(num_prompt_rows + len(self.gpu_decodes) + len(self.cpu_decodes),
-                    gpu_kv=sum(r.num_tokens for r in self.gpu_decodes),
+        return Work(sum(self.counts()), gpu_kv=sum(r.num_tokens for r in self.gpu_decodes),
                     num_cpu=len(self.cpu_decodes),
                     cpu_kv=sum(r.num_tokens for r in self.cpu_decodes),
                     **prompt_work(self.prefill))

@@ -225,7 +225,7 @@ def plan_budget(options, tiers, cfg, dtype, device, testbed=None):
 def gpu_memory(options, device, testbed=None):
     """GiB of GPU memory that gpu_mem or gpu_memory_utilization ask for; None if neither does.
 
-    Raises ValueError on both, on a share that is none, and on a share of an emulated GPU.
+    Raises ValueError on both, on a share outside 0 to 1, and on a share of an emulated GPU.
     """
     share = options.gpu_memory_utilization
     if share is None:
@@ -249,7 +249,7 @@ def check_numbers(options, cfg):
         value = getattr(options, name)
         if value is not None and value <= limit:
             raise ValueError(f"{name} = {value}: must be above {limit}")
-    if options.max_num_seqs > MAX_RUNNING:
+    if options.max_num_seqs and options.max_num_seqs > MAX_RUNNING:
         raise ValueError(f"max_num_seqs = {options.max_num_seqs}: must be at most {MAX_RUNNING}")
     if options.cpu_mem is not None and options.cpu_mem < 0:
         raise ValueError(f"cpu_mem = {options.cpu_mem}: must be 0 or more GiB")
@@ -272,8 +272,8 @@ def tier_dtypes(options, cfg, dtype):
         if name not in ("auto", "int8"):
             raise ValueError(f"{tier}_kv {name!r}: must be auto or int8")
         if name == "int8" and block_size * cfg.head_dim % 4:
-            raise ValueError(f"{tier}_kv int8 needs blocks of a multiple of 4 bytes: block_size = "
-                             f"{block_size} with heads of {cfg.head_dim} has none, take 16")
+            raise ValueError(f"{tier}_kv int8: block_size * head size = {block_size} * "
+                             f"{cfg.head_dim} must be a multiple of 4: take block_size = 16")
         dtypes[tier] = torch.int8 if name == "int8" else dtype
     return dtypes
 

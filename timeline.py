@@ -81,8 +81,7 @@ class Recorder:
     def record(self, plan, spans, start, end):
         """LLM.on_iteration: start and end in seconds."""
         model, s, i = self.llm.model, self.llm.scheduler, len(self.iterations)
-        rows = [(sum(r.num_scheduled for r in b.prefill), len(b.gpu_decodes), len(b.cpu_decodes))
-                for b in plan.batches]
+        rows = [b.counts() for b in plan.batches]
         self.iterations.append(Iteration(
             start, end, spans, model.layout if isinstance(model, SimulatedModel) else None, rows,
             len(s.waiting), tuple(len(s.running[tier]) for tier in ("gpu", "cpu"))))
@@ -165,8 +164,8 @@ def page_data(run, num_runs):
     A page of num_runs strategies shares DETAILED among them.
     """
     zero, n, half = run.iterations[0].start, len(run.iterations), DETAILED // num_runs // 2
-    middle = max(half, (n - half) // 2)
-    detailed = {*range(half), *range(middle, middle + half), choose(run)}
+    middle, chosen = max(half, (n - half) // 2), choose(run)
+    detailed = {*range(half), *range(middle, middle + half), chosen}
     names, iterations, detail = list(STAGES), [], {}
 
     def us(seconds):
@@ -181,7 +180,7 @@ def page_data(run, num_runs):
             detail[i] = [[list(LANES).index(s.lane), names.index(s.stage), s.layer, s.sub_batch,
                           us(s.start), us(s.end)] for s in spans]
     return {"strategy": run.strategy, "num_blocks": run.num_blocks, "iterations": iterations,
-            "detail": detail, "changes": run.changes, "chosen": choose(run),
+            "detail": detail, "changes": run.changes, "chosen": chosen,
             "simulated": run.iterations[0].layout is not None}
 
 
@@ -208,7 +207,8 @@ def write_picture(path, runs, title, number):
     run = runs[-1]
     i = choose(run, number)
     it = run.iterations[i]
-    spans, lanes = it.stages(), used_lanes(it.stages())
+    spans = it.stages()
+    lanes = used_lanes(spans)
     figure, axes = plt.subplots(2, figsize=(12, 2.6 + 0.8 * len(lanes)), layout="constrained")
     layer = max(0, max(s.layer for s in spans) // 2 - ZOOMED // 2)
     inside = [s for s in spans if layer <= s.layer < layer + ZOOMED and s.lane == "gpu"]

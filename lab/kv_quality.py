@@ -18,26 +18,26 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from bench import errors_in_one_line
+from checkpoint import load_config
+from hub import find_model
+from kv_format import kv_bytes
 from neo import LLM
 from options import Parser
 from plan import Batch
 from request import Request
+from startup import BLOCK_SIZE, GIB
 
 
 class Reader:
     """An engine that reads given tokens, a decode of every sequence at a time."""
 
     def __init__(self, model, cpu_kv, sequences, length, dtype):
-        blocks = sequences * (-(-length // 16) + 1)
+        cfg = load_config(find_model(model))
+        tokens = sequences * (-(-length // BLOCK_SIZE) + 1) * BLOCK_SIZE
+        token_bytes = cfg.n_layer * kv_bytes(cfg.n_kv_head, cfg.head_dim, torch.float32)
         self.llm = LLM(model, "symmetric", device="cpu", dtype=dtype, gpu_blocks=1, cpu_kv=cpu_kv,
-                       max_model_len=length, cpu_mem=blocks * self.block_gib(model, dtype))
+                       max_model_len=length, cpu_mem=tokens * token_bytes / GIB)
         self.requests = [Request(i, [], length, tier="cpu") for i in range(sequences)]
-
-    @staticmethod
-    def block_gib(model, dtype):
-        """GiB of a block of 16 tokens without rounding."""
-        small = LLM(model, simulate="t4", dtype=dtype)
-        return small.budget.block_bytes["cpu"] / 2 ** 30
 
     def read(self, tokens):
         """The next token of each sequence -> log-probabilities [sequences, V] of what follows."""

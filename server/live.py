@@ -65,8 +65,7 @@ class LiveView:
             self.llm.on_iteration = None
 
     def _snapshot(self, plan, spans, start, end):
-        rows = tuple((sum(r.num_scheduled for r in b.prefill), len(b.gpu_decodes),
-                      len(b.cpu_decodes)) for b in plan.batches)
+        rows = tuple(b.counts() for b in plan.batches)
         iteration = Iteration(start, end, len(plan.sampled), rows, tuple(spans))
         before = self.latest.iterations[1 - KEPT:] if self.latest else ()
         owners = tuple((request, seq.tier, tuple(seq.blocks))
@@ -76,7 +75,8 @@ class LiveView:
     # ---- HTTP
 
     def report(self):
-        """What /live sends. `squares` are None until the first iteration that is recorded."""
+        """What /live sends. `squares` are None while requests run and no iteration has been
+        recorded yet."""
         now, llm = time.monotonic(), self.llm
         if now > self.until:
             self.latest = None          # nobody has looked since
