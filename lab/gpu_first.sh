@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# The first ten minutes on a GPU: what may be wrong, in the order in which it would hurt, then speed.
+#
+#     bash lab/gpu_first.sh [FOLDER]      writes NAME.txt, NAME.json and summary.txt there (results/gpu)
+#     STEPS="tests floor-7b" bash lab/gpu_first.sh
+#
+# A step that fails or runs out of time does not stop the others. PYTHON names the interpreter.
+set -u
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3} out=${1:-results/gpu}
+if ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+    echo "error: gpu_first.sh checks a GPU, and torch sees none" >&2
+    exit 1
+fi
+mkdir -p "$out"
+: > "$out/summary.txt"
+
+step() {    # NAME SECONDS WHAT_TO_LOOK_AT COMMAND...
+    local name=$1 seconds=$2 hint=$3 start=$SECONDS code=0
+    shift 3
+    case " ${STEPS:-$name} " in *" $name "*) ;; *) return ;; esac
+    echo "== $name: $*"
+    timeout "$seconds" "$@" > "$out/$name.txt" 2>&1 || code=$?
+    tail -c "${TAIL:-700}" "$out/$name.txt"
+    local verdict="ok"
+    [ $code -eq 124 ] && verdict="out of time ($seconds s)"
+    [ $code -ne 0 ] && [ $code -ne 124 ] && verdict="FAILED, exit status $code: $hint"
+    echo "$name: $verdict, $((SECONDS - start)) s" | tee -a "$out/summary.txt"
+}
+
+measure() {     # NAME SECONDS MODULE_OR_SCRIPT...
+    local name=$1 seconds=$2
+    shift 2
+    step "$name" "$seconds" "see $name.txt" "$python" "$@" --result-filename "$out/$name.json"
+}
+
+parallel=$("$python" -c "import xdist" 2> /dev/null && echo "-n 8")
+tiny="neo.py --model tiny --device cuda --max-tokens 12 --gpu-blocks 14 --token-ids"
+
+# 1. Does it compute the right thing?
+measure tokens 120 -m lab.gpu_checks tokens
+step blocking 60 "tokens differ only without CUDA_LAUNCH_BLOCKING: a wait is missing in queues.py" \
+    env CUDA_LAUNCH_BLOCKING=1 "$python" -m lab.gpu_checks tokens
+step memcheck 120 "a kernel reads or writes outside its tensors: kernels/triton_kernels.py" \
+    env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
+    "$python" $tiny "1 2 3 4 5 6 7"
+step tests 240 "the names of the failed tests say which layer" \
+    env NEO_TEST_DEVICE=cuda "$python" -m pytest -q --maxfail=12 $parallel test_neo.py kernels
+# 2. Does it wait, or take memory, behind our back?
+measure syncs 90 -m lab.gpu_checks syncs
+measure memory 60 -m lab.gpu_checks memory
+measure host 60 -m lab.gpu_checks host
+# 3. How fast is it?
+measure ceilings 60 -m lab.gpu_limits ceilings
+measure floor-7b 120 -m lab.gpu_limits floor --model llama-7b --batches 1,16,64 --peer 64
+measure floor-8b 120 -m lab.gpu_limits floor --model llama-8b --batches 1,16,64 --peer 64
+for gib in 16 24; do
+    measure 7b-${gib}gib 120 bench.py --model llama-7b --gpu-mem $gib \
+        --input-len 500 --output-len 200 --num-prompts 200
+done
+measure floor-70b 90 -m lab.gpu_limits floor --model llama-70b --batches 1,8 --input-len 500
+measure 70b 180 bench.py --model llama-70b --strategies gpu-only,neo --input-len 1000 \
+    --output-len 200 --num-prompts 60
+echo "== summary"
+cat "$out/summary.txt"
