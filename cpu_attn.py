@@ -221,6 +221,13 @@ def _store(k, v, k_cache, v_cache, slots):
 
 
 @njit(parallel=True, nogil=True, cache=True)
+def copy_blocks(src, src_ids, dst, dst_ids):
+    """Blocks src_ids of src [., bytes] -> blocks dst_ids of dst [., bytes], both uint8."""
+    for i in prange(len(src_ids)):
+        dst[dst_ids[i]] = src[src_ids[i]]
+
+
+@njit(parallel=True, nogil=True, cache=True)
 def _store_rounded(k, v, k_cache, v_cache, slots, code):
     """_store into int8; code: of the rows."""
     Hkv, bs, D = k_cache.shape[1], k_cache.shape[2], k.shape[2]
@@ -257,6 +264,11 @@ def set_threads(n):
             f"{n} CPU threads asked for, Numba has {numba.config.NUMBA_NUM_THREADS}: "
             "set --cpu-threads within it, or NUMBA_NUM_THREADS")
     numba.set_num_threads(n)
+
+
+def most_threads():
+    """Threads that Numba was started with."""
+    return numba.config.NUMBA_NUM_THREADS
 
 
 @njit(nogil=True, cache=True)

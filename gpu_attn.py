@@ -26,6 +26,8 @@ import torch.nn.functional as F
 import cpu_attn
 import kv_format
 
+OLDEST = "2.10"         # torch on CUDA: its varlen_attn, and an rms_norm of one kernel (2.9)
+
 
 def as_numpy(tensor):
     """A CPU tensor as NumPy, no copy. NumPy has no bf16: bf16 and fp16 come as uint16 bits."""
@@ -43,6 +45,21 @@ class TorchOps:
         x = qkv[:, :heads]
         first, second = x.chunk(2, -1)
         x.copy_(torch.cat((first * c - second * s, second * c + first * s), -1))
+
+    @staticmethod
+    def pack(qkv, slots, q, k, v):
+        """Rows of qkv [N, H + 2 Hkv, D] with a slot >= 0 of slots [N] -> those rows of q [., H, D],
+        k and v [., Hkv, D], which lie in host memory. Slots are 0, 1, 2, ... in order."""
+        rows = (slots >= 0).nonzero()[:, 0]
+        parts = qkv.split((q.shape[1], k.shape[1], k.shape[1]), 1)
+        for there, part in zip((q, k, v), parts, strict=True):
+            there[:len(rows)].copy_(part[rows], non_blocking=True)
+
+    @staticmethod
+    def unpack(o, slots, out):
+        """The way back: rows of o [., H, D] in host memory -> rows of out [N, H, D]."""
+        rows = (slots >= 0).nonzero()[:, 0]
+        out[rows] = o[:len(rows)].to(out.device, out.dtype, non_blocking=True)
 
     @staticmethod
     def swiglu(gate_up):
@@ -171,6 +188,9 @@ class TritonAttention(TorchAttention):
         if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError("gpu_attn 'triton' needs a CUDA GPU (or TRITON_INTERPRET=1, for "
                              "tests): take numba or torch")
+        if device.type == "cuda" and torch.torch_version.TorchVersion(torch.__version__) < OLDEST:
+            raise ValueError(f"torch {torch.__version__} is too old for the GPU kernels: pip "
+                             f"install -U 'torch>={OLDEST}', or take --gpu-attn torch")
         from kernels import triton_kernels
         self.ops, self.no_flash = triton_kernels, why_no_flash(device, dtype)
         if not self.no_flash:               # the import takes seconds

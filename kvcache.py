@@ -16,10 +16,10 @@ reads id, tier, num_cached, num_scheduled and tokens. Glossary of symbols: model
 """
 import mmap
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import accumulate
+from functools import cached_property, partial
+from itertools import accumulate, chain
 
 import numpy as np
 import torch
@@ -28,9 +28,11 @@ import cpu_attn
 from gpu_attn import as_numpy
 from kv_format import NAMES, convert, row_width
 from perfmodel import Span
+from queues import host_tensor, on_cuda
 
 HUGE_PAGE = 2 << 20
-STAGE_BYTES = 64 << 20  # pinned staging buffer for swaps on CUDA: large enough for full PCIe speed
+STAGE_BYTES = 64 << 20  # pinned buffer for swaps on CUDA: halves large enough for full PCIe speed
+MOVER_THREADS = 4       # that copy between it and the CPU tier: PCIe is faster than one of them
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class SubBatch:
     tokens: torch.Tensor        # [N] int32, device
     positions: torch.Tensor     # [N] int32, device
     sampled_rows: torch.Tensor  # [S] int32, device: rows that get a token, in row order
+    host_slots: torch.Tensor    # [N] int32, device: a CPU decode's row in host buffers; others -1
     prefill_lens: list          # rows of each prompt, whole or a chunk
     prefill_past: list          # of each prompt: (tokens cached before, their blocks [n] int32)
     num_stored: int             # the first rows: prompts bound for the CPU tier
@@ -106,6 +109,11 @@ def zeros(shape, dtype, device):
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
+def as_bytes(blocks):
+    """Blocks in host memory [n, ...] as NumPy's uint8 [n, bytes of a block], no copy."""
+    return blocks.flatten(1).view(torch.uint8).numpy()
+
+
 class KVCache:
     """Blocks, tables and tensors of both tiers.
 
@@ -134,9 +142,13 @@ class KVCache:
         self.sequences = {}                                                 # request id -> Sequence
         self.table = np.zeros((16, -(-max_len // block_size)), np.int32)    # a row per sequence
         self.free_rows = list(range(15, -1, -1))
-        self.mover = ThreadPoolExecutor(1, "mover", torch.set_num_threads, (1,))
-        self.swaps = []                                 # (layer, its copy) of the present swaps
-        self.stream = self.stage = None                 # of these copies, on CUDA
+        self.swaps = {}                 # layer -> Futures of the present swaps
+        self.stream = self.stage = None     # of these copies, on CUDA
+        if on_cuda(device) and not empty and num_blocks["cpu"]:
+            self.stream = torch.cuda.Stream()
+            nbytes = max(STAGE_BYTES // 2, cpu.k[0, 0].nbytes)
+            self.stage = host_tensor((2, nbytes), torch.uint8, pinned=True)
+        self.mover = ThreadPoolExecutor(1, "mover", self._start_mover)
         # KV of prompts on its way between the tiers, on a thread of its own
         self.porter = ThreadPoolExecutor(1, "porter", self._start_porter)
         self.fetches, self.stores = {}, {}              # (sub-batch, layer) -> its job
@@ -217,16 +229,17 @@ class KVCache:
         self.swapped_blocks += len(src_ids)
         if src.k.is_meta:
             return
-        if self.device.type == "cuda" and self.stream is None:
-            self.stream = torch.cuda.Stream()
-            nbytes = max(STAGE_BYTES, *(t.k[0, 0].nbytes for t in self.tiers.values()))
-            self.stage = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        if self.stream:
+        done = [Future() for _ in src.k]
+        for layer, job in enumerate(done):
+            self.swaps.setdefault(layer, []).append(job)
+        if self.stream:     # what the GPU has been told to do with these blocks comes first
             self.stream.wait_stream(torch.cuda.current_stream())
-        ids = torch.tensor(src_ids), torch.tensor(dst_ids)
-        for i in range(len(src.k)):
-            pair = (src.k[i], dst.k[i]), (src.v[i], dst.v[i])
-            self.swaps.append((i, self.mover.submit(self._move, pair, *ids)))
+        self.mover.submit(self._move, src, dst, np.array(src_ids), np.array(dst_ids), done)
+
+    @property
+    def is_swapping(self):
+        """Are there copies that nobody has waited for yet?"""
+        return bool(self.swaps)
 
     def wait_swaps(self, layer):
         """Wait until a layer's swapped blocks have arrived; raise what went wrong with them.
@@ -234,56 +247,116 @@ class KVCache:
         A swapped request's old blocks may already belong to another request: wait before anyone
         writes to them.
         """
-        for i, copy in self.swaps:
-            if i <= layer:
-                copy.result()
+        for job in self.swaps.pop(layer, ()):
+            job.result()
 
     def settle(self):
         """Wait until nothing is being copied, whether the copies succeeded or not -> Spans of the
         prompts' KV that was stored and fetched."""
-        wait([copy for _, copy in self.swaps] + [*self.fetches.values(), *self.stores.values()])
+        wait([*chain(*self.swaps.values()), *self.fetches.values(), *self.stores.values()])
         for jobs in (self.swaps, self.fetches, self.stores):
             jobs.clear()
         spans, self.spans = self.spans, []
         return spans
 
-    def _move(self, pairs, src_ids, dst_ids):
-        """Copy blocks of one layer's K and V, on the mover's thread; done when it returns. On CUDA
-        they go through the pinned staging buffer, while the GPU computes."""
-        if not self.stream:
-            for src, dst in pairs:
-                dst[dst_ids] = convert(src[src_ids], dst.dtype)
-            return
-        with torch.cuda.stream(self.stream):
-            for src, dst in pairs:
-                host = dst if src.is_cuda else src
-                num_staged = self.stage.nbytes // host[0].nbytes        # blocks per trip
-                for i in range(0, len(src_ids), num_staged):
-                    from_ids = src_ids[i:i + num_staged].to(src.device)
-                    to_ids = dst_ids[i:i + num_staged].to(dst.device)
-                    self._move_staged(src, dst, from_ids, to_ids)
+    def _start_mover(self):
+        torch.set_num_threads(1)                    # thread-local, as is Numba's number
+        cpu_attn.set_threads(min(MOVER_THREADS, cpu_attn.most_threads()) if self.stream else 1)
+        if self.stream:
+            torch.cuda.set_stream(self.stream)
 
-    def _move_staged(self, src, dst, from_ids, to_ids):
-        host = dst if src.is_cuda else src
-        shape = (len(from_ids), *host.shape[1:])
-        stage = self.stage[:len(from_ids) * host[0].nbytes].view(host.dtype).view(shape)
-        if src.is_cuda:
-            stage.copy_(convert(src.index_select(0, from_ids), host.dtype), non_blocking=True)
-            self.stream.synchronize()           # before the host reads the buffer
-            dst.index_copy_(0, to_ids, stage)
-        else:
-            torch.index_select(src, 0, from_ids, out=stage)
-            there = stage.to(dst.device, non_blocking=True)
-            dst.index_copy_(0, to_ids, convert(there, dst.dtype))
-            self.stream.synchronize()           # before the host overwrites the buffer
+    def _move(self, src, dst, src_ids, dst_ids, done):
+        """Copy blocks of all layers from Tier src to Tier dst, on the mover's thread. Each layer's
+        Future of `done` tells when it has arrived.
+
+        The copies are made in trips. On CUDA a trip goes through one half of a pinned buffer: while
+        the host works on that half, the other one is on its way.
+        """
+        start, per_trip = self._copy_at_once, len(src_ids)
+        try:
+            if self.stream:
+                out = dst is self.tiers["cpu"]
+                start = self._start_out if out else self._start_in
+                per_trip = self.stage.shape[1] // self.tiers["cpu"].k[0, 0].nbytes
+                ids = self._to_device(src=src_ids, dst=dst_ids)
+                src_ids, dst_ids = (ids["src"], dst_ids) if out else (src_ids, ids["dst"])
+            trips = [slice(i, i + per_trip) for i in range(0, len(src_ids), per_trip)]
+            number, under_way = 0, None
+            for layer, job in enumerate(done):
+                for a, b in ((src.k[layer], dst.k[layer]), (src.v[layer], dst.v[layer])):
+                    for trip in trips:
+                        finish = start(number % 2, a, b, src_ids[trip], dst_ids[trip])
+                        if under_way:
+                            under_way()
+                        number, under_way = number + 1, finish
+                under_way = partial(self._finish_layer, under_way, job)
+            under_way()
+        except BaseException as error:
+            for job in done:
+                if not job.done():
+                    job.set_exception(error)
+
+    @staticmethod
+    def _finish_layer(finish, job):
+        finish()
+        job.set_result(None)
+
+    @staticmethod
+    def _copy_at_once(half, src, dst, src_ids, dst_ids):
+        """Without CUDA. Here and below: blocks of a cache -> a function that finishes the trip."""
+        dst[dst_ids] = convert(src[src_ids], dst.dtype)
+        return lambda: None
+
+    def _start_out(self, half, src, dst, src_ids, dst_ids):
+        """From the GPU: the copy is started here, and the host empties the half at the end."""
+        half = self._half(half, dst, len(dst_ids))
+
+        def copy():
+            half.copy_(convert(src[src_ids], dst.dtype), non_blocking=True)
+        self.launch(copy)
+        copied = self._mark()
+
+        def finish():
+            copied.synchronize()                    # before the host reads the half
+            cpu_attn.copy_blocks(as_bytes(half), np.arange(len(dst_ids)), as_bytes(dst), dst_ids)
+        return finish
+
+    def _start_in(self, half, src, dst, src_ids, dst_ids):
+        """To the GPU: the host fills the half and starts the copy here."""
+        half = self._half(half, src, len(src_ids))
+        cpu_attn.copy_blocks(as_bytes(src), src_ids, as_bytes(half), np.arange(len(src_ids)))
+
+        def copy():
+            dst[dst_ids] = convert(half.to(dst.device, non_blocking=True), dst.dtype)
+        self.launch(copy)
+        return self._mark().synchronize             # before the host fills the half again
+
+    def _half(self, half, cache, num_blocks):
+        """Room for blocks of a host cache in one half of the pinned buffer."""
+        nbytes = num_blocks * cache[0].nbytes
+        return self.stage[half, :nbytes].view(cache.dtype).view(num_blocks, *cache.shape[1:])
+
+    @staticmethod
+    def _mark():
+        """An Event that the present stream records."""
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    @staticmethod
+    def launch(fn):
+        """All that is put on a stream here goes through this: a test makes other orders of it."""
+        fn()
 
     # ---- a sub-batch for the model
 
-    def bind(self, batch, index=0, pad=lambda num_gpu, num_cpu: (num_gpu, num_cpu)):
+    def bind(self, batch, index=0, pad=lambda num_gpu, num_cpu: (num_gpu, num_cpu), late=None):
         """Reserve the slots of a Batch's rows and return it as a SubBatch.
 
-        pad  (GPU decodes, CPU decodes) -> numbers of rows to pad them to. Padding is only for
-             sub-batches without prompts.
+        pad   (GPU decodes, CPU decodes) -> numbers of rows to pad them to. Padding is only for
+              sub-batches without prompts.
+        late  (tokens [S] on the device, {request id: its row}), for decodes whose last token is
+              pending: its value is copied there
 
         A prompt with 3 scheduled tokens, one GPU decode with 5 tokens and one CPU decode with 9
         give N = 5 rows: positions [0 1 2 | 4 | 8], sampled_rows [2, 3, 4].
@@ -297,7 +370,7 @@ class KVCache:
         prefill_lens = [r.num_scheduled for r in batch.prefill]
         tokens = [t for r, n in zip(batch.prefill, prefill_lens, strict=True)
                   for t in r.tokens(r.num_cached, r.num_cached + n)]
-        tokens += [r.output[-1] for r in requests[num_prompts:]]
+        tokens += [0 if r.num_pending else r.output[-1] for r in requests[num_prompts:]]
         starts = np.array([r.num_cached for r in requests], np.int64)
         counts = np.array(prefill_lens + [1] * (num_gpu + num_cpu), np.int64)
         owner = np.repeat(np.arange(len(requests)), counts)     # the request of each row
@@ -332,9 +405,18 @@ class KVCache:
         gpu_lens = np.zeros(gpu_rows, np.int32)
         gpu_lens[:num_gpu] = lens[gpu]
         gpu_slots = padded(slots, -1)[num_stored:first_cpu]
+        pending = [i for i, r in enumerate(requests[num_prompts:], num_prefill) if r.num_pending]
+        late_from = [late[1][r.id] for r in requests[num_prompts:] if r.num_pending]
+        host_slots = np.full(first_cpu + cpu_rows, -1)
+        host_slots[first_cpu:first_cpu + num_cpu] = np.arange(num_cpu)
         on_device = self._to_device(tokens=padded(tokens), positions=padded(positions),
-                                    sampled_rows=sampled_rows, gpu_slots=gpu_slots,
-                                    gpu_table=gpu_table, gpu_lens=gpu_lens)
+                                    sampled_rows=sampled_rows, host_slots=host_slots,
+                                    gpu_slots=gpu_slots, gpu_table=gpu_table, gpu_lens=gpu_lens,
+                                    late_from=np.array(late_from, np.int32),
+                                    late_to=place[pending])
+        late_to, late_from = on_device.pop("late_to"), on_device.pop("late_from")
+        if pending:
+            on_device["tokens"][late_to] = late[0][late_from].int()
         return SubBatch(index=index, prefill_lens=prefill_lens,
                         prefill_past=[(r.num_cached, self._past_blocks(r)) for r in batch.prefill],
                         num_stored=num_stored, num_prefill=num_prefill, num_gpu_rows=gpu_rows,
@@ -356,8 +438,7 @@ class KVCache:
         """
         ends = np.cumsum([-(-a.size // 4) * 4 for a in arrays.values()]).tolist()
         starts = [0, *ends[:-1]]
-        pinned = self.device.type == "cuda"
-        packed = torch.empty(ends[-1], dtype=torch.int32, pin_memory=pinned)
+        packed = host_tensor((ends[-1],), torch.int32, pinned=on_cuda(self.device))
         for start, a in zip(starts, arrays.values(), strict=True):
             packed.numpy()[start:start + a.size] = a.ravel()
         there = packed.to(self.device, non_blocking=True)
@@ -369,7 +450,7 @@ class KVCache:
     def _start_porter(self):
         cpu_attn.set_threads(1)                             # thread-local, as is torch's number
         torch.set_num_threads(1)
-        if self.device.type == "cuda":
+        if on_cuda(self.device):
             torch.cuda.set_stream(torch.cuda.Stream())
 
     def _carry(self, stage, b, layer, work):
@@ -378,7 +459,7 @@ class KVCache:
             start = time.perf_counter()
             with torch.inference_mode():
                 result = work()
-            if self.device.type == "cuda":
+            if on_cuda(self.device):
                 torch.cuda.current_stream().synchronize()   # the porter's own
             self.spans.append(Span("move", stage, layer, b.index, start, time.perf_counter()))
             return result
@@ -444,7 +525,7 @@ class KVCache:
             found = cache[blocks]
         else:
             shape = len(blocks), *cache.shape[1:]
-            stage = torch.empty(shape, dtype=cache.dtype, pin_memory=True)
+            stage = host_tensor(shape, cache.dtype, pinned=True)
             torch.index_select(cache, 0, blocks, out=stage)
             found = stage.to(self.device)       # waits for the porter's own stream alone
         return convert(found, self.row_dtype).transpose(1, 2).flatten(0, 1)

@@ -17,14 +17,16 @@ import torch
 from tqdm import tqdm
 
 from hub import cache_folder
-from kvcache import KVCache
+from kvcache import STAGE_BYTES, KVCache
 from plan import Batch
 from request import Request, SamplingParams
 from sampling import SAMPLED_AT_ONCE, draw
 from scheduler import MAX_RUNNING
-from startup import CUDA_SHARE, GIB, device_name, fmt_gib
+from startup import CARD_SHARE, CUDA_SHARE, GIB, device_name, fmt_gib
 
-GRAPH_BYTES = 256 << 20     # set aside for CUDA graphs: memory that torch does not count
+GRAPH_BYTES = 1 << 30       # set aside for CUDA graphs, which torch does not count: at most this,
+GRAPH_SHARE = 0.06          # and this share of what weights and activations leave
+CONTEXT_BYTES = 1 << 30     # most that the CUDA context and kernels take, as far as we know
 PROFILE_SECONDS = 8.0       # time for measuring the profile; what does not fit is left out
 PROFILE_VERSION = 7         # change it when what is measured changes
 
@@ -37,22 +39,24 @@ PROFILE_DIR = cache_folder()
 def largest_sub_batches(budget, kv, padded):
     """The SubBatches that take most memory.
 
-    The first has all prompt tokens of an iteration, in the longest prompts. The second has as many
-    decodes as may run, each over the longest sequence (all of them the same block's); a back end
-    that is not paged (`padded` is False) would gather those sequences, so it goes without.
+    The first has all prompt tokens of an iteration, in the longest prompts, one of them the last
+    chunk of a longer one, and as many decodes as may run. The second has these decodes alone, each
+    over the longest sequence (all of them the same block's); a back end that is not paged (`padded`
+    is False) would gather those sequences, so it goes without.
     """
-    whole, rest = divmod(budget.max_batch_tokens, budget.max_model_len)
-    lengths = whole * [budget.max_model_len] + [rest] * (rest > 0)
-    prompts = [made_up_request(kv, n, "gpu") for n in lengths]
-    if not whole:                                       # the last chunk of the longest prompt
-        prompts = [made_up_request(kv, budget.max_model_len, "gpu")]
-        prompts[0].num_scheduled, prompts[0].num_cached = rest, budget.max_model_len - rest
-    yield kv.bind(Batch(prompts))
+    longest = budget.max_model_len
+    whole, rest = divmod(budget.max_batch_tokens, longest)
+    chunk = rest or longest // 2
+    prompts = [made_up_request(kv, longest, "gpu") for _ in range(whole - (not rest))]
+    prompts += [made_up_request(kv, longest, "gpu") for _ in range(1 if rest else 2)]
+    for r in prompts[-1:] if rest else prompts[-2:]:
+        r.num_scheduled, r.num_cached = chunk, longest - chunk
+    decodes = [made_up_request(kv, 2, "gpu", decoding=True) for _ in range(MAX_RUNNING)]
+    yield kv.bind(Batch(prompts, decodes))
     for r in prompts:
         kv.release(r.id)
     if not padded:
         return
-    decodes = [made_up_request(kv, 2, "gpu", decoding=True) for _ in range(MAX_RUNNING)]
     b = kv.bind(Batch(gpu_decodes=decodes))
     width = kv.table.shape[1]
     yield replace(b, gpu_table=b.gpu_table.new_zeros(MAX_RUNNING, width),
@@ -78,16 +82,18 @@ def draw_some(logits):
 def measure_gpu_blocks(model, budget, gpu_mem):
     """KV blocks that the GPU has room for, beside the loaded weights and the largest activations.
 
-    The activations are measured on the largest sub-batches, sampling included.
-    gpu_mem  GiB that weights, activations and KV share; None: what is free, except a small reserve
+    The activations are measured on the largest sub-batches, sampling included. Also set aside:
+    what swaps need, and a part for CUDA graphs, which is told to model.captures.
+    gpu_mem  GiB of the card that this one plays, all in it; None: what is free, except a small
+             reserve
 
     Raises ValueError if not one block fits.
     """
     cuda, captures, peaks = torch.cuda, model.captures, []
     cuda.empty_cache()
     held = cuda.memory_allocated()
-    # however the prompts are cut, and one block for each decode
-    most_tokens = 2 * max(budget.max_batch_tokens, budget.max_model_len)
+    # however the prompts are cut, each with its past, and one block for each decode
+    most_tokens = 2 * (budget.max_batch_tokens + 2 * budget.max_model_len)
     num_blocks = {"gpu": MAX_RUNNING + -(-most_tokens // budget.block_size), "cpu": 0}
     # Two layers, because in the last layer only the sampled rows pass the FFN and the peak would
     # be too low.
@@ -101,7 +107,7 @@ def measure_gpu_blocks(model, budget, gpu_mem):
             cuda.empty_cache()
             cuda.reset_peak_memory_stats()
             start = cuda.memory_reserved()
-            draw_some(model.run([b], kv, depth)[0])
+            draw_some(model.run([b], kv, depth).logits)
             peaks.append(cuda.max_memory_reserved() - start)
             del b
         del kv
@@ -112,12 +118,21 @@ def measure_gpu_blocks(model, budget, gpu_mem):
     finally:
         model.captures = captures
     cuda.empty_cache()
-    activations = max(peaks)
-    if captures:                                # captured decodes have a memory pool of their own
-        activations += peaks[-1] + GRAPH_BYTES
-    limit = math.inf if gpu_mem is None else gpu_mem * GIB - held
-    room = min(cuda.mem_get_info()[0] * CUDA_SHARE, limit) - activations
+    activations = max(peaks) + (STAGE_BYTES if budget.num_blocks["cpu"] else 0)
+    free, total = cuda.mem_get_info()
+    limit = math.inf
+    if gpu_mem is not None:
+        context = min(total - free - cuda.memory_reserved(), CONTEXT_BYTES)
+        limit = CARD_SHARE * gpu_mem * GIB - context - held
+        budget.card = (f"of {gpu_mem:g} GiB: {CARD_SHARE * gpu_mem:.2f} GiB usable, "
+                       f"{fmt_gib(context)} of it for the CUDA context, {fmt_gib(limit)} beside "
+                       "the weights")
+    room = min(free * CUDA_SHARE, limit) - activations
     block_bytes = budget.block_bytes["gpu"]
+    if captures:                # captured decodes have temporaries of their own
+        pool, graphs = peaks[-1], min(GRAPH_BYTES, int(GRAPH_SHARE * max(room, 0)))
+        captures.budget = pool + graphs
+        room -= captures.budget
     if room < block_bytes:
         raise ValueError(
             f"{fmt_gib(held)} of weights and {fmt_gib(activations)} of activations, measured with "
@@ -270,6 +285,9 @@ def measure_profile(model, kv, budget):
             decodes = [made_up_request(kv, length, "gpu", decoding=True) for _ in range(n)]
             ms = time_stages(model, kv, decodes, "gpu_decodes", deadline)
             points["gpu_decode"].append([n * length, ms["attend"]])
+            if model.captures:      # prompts of so few rows are bound by launches, which these lack
+                points["linear"] = [p for p in points["linear"] if p[0] != n]
+                points["linear"].append([n, ms["linear"]])
             points["lm_head"].append([n, ms["lm_head"]])
         bar.update()
     bar.close()

@@ -28,12 +28,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import cpu_attn
+from captures import MAX_CAPTURED, Captures
 from checkpoint import PRESETS, read_tensors
 from gpu_attn import as_numpy
 from kv_format import NAMES
 from kvcache import zeros
-from perfmodel import Span
-from queues import Captures, CudaQueue, ThreadQueue
+from perfmodel import Result, Span
+from queues import CudaQueue, ThreadQueue, host_tensor, on_cuda
 
 TABLE_SIZE = 4_194_301  # random weights that are drawn; prime, so that no two rows are alike
 
@@ -70,19 +71,25 @@ class Activations:
 class HostBuffers:
     """Host memory of one sub-batch, pinned on CUDA: q, k, v of CPU decodes arrive here, and their
     attention output o leaves from here. k and v of prompts bound for the CPU tier have two places,
-    so that one layer's can be stored while the next layer's arrive."""
+    so that one layer's can be stored while the next layer's arrive.
 
-    def __init__(self, num_heads, num_kv_heads, head_dim, kv_dtype, pinned):
+    num_decodes  rows of decodes that there is room for from the start: captured kernels know where
+                 these buffers lie, so with captures they must never move
+    """
+
+    def __init__(self, num_heads, num_kv_heads, head_dim, kv_dtype, pinned, num_decodes):
         q, k = (num_heads, head_dim, torch.float32), (num_kv_heads, head_dim, kv_dtype)
         self.shapes = {"q": q, "o": q, "k": k, "v": k, "prompt_k": k, "prompt_v": k}
         self.pinned, self.buffers = pinned, {}      # name -> (tensor, the same as NumPy's array)
+        self.fit(num_decodes, 0)
 
     def fit(self, num_cpu, num_stored):
         """Make room for num_cpu decode rows, and twice for num_stored prompt rows."""
         for name, (heads, D, dtype) in self.shapes.items():
             rows = 2 * num_stored if name.startswith("prompt") else num_cpu
             if name not in self.buffers or len(self.tensor(name)) < rows:
-                t = torch.empty(2 * rows, heads, D, dtype=dtype, pin_memory=self.pinned)
+                room = 0 if name not in self.buffers else rows      # grow by half at least
+                t = host_tensor((rows + room, heads, D), dtype, self.pinned)
                 self.buffers[name] = t, as_numpy(t)
 
     def tensor(self, name):
@@ -117,7 +124,7 @@ class Model:
     def __init__(self, name, cfg, dtype, row_dtype, device, max_len, gpu_threads, cpu_threads,
                  gpu_attn, cpu_path, eager=False, seed=0):
         self.cfg, self.dtype, self.device, self.cpu_threads = cfg, dtype, device, cpu_threads
-        self.queue = CudaQueue() if device.type == "cuda" else ThreadQueue(gpu_threads)
+        self.queue = CudaQueue() if on_cuda(device) else ThreadQueue(gpu_threads)
         self.attn, self.ops, self.max_len = gpu_attn, gpu_attn.ops, max_len
         self.cpu_path = cpu_path
         self.captures = None                        # made by allow_captures
@@ -241,11 +248,15 @@ class Model:
 
     def linear(self, b, act, i):
         """Finish layer i - 1 and start layer i of SubBatch b: updates act.x, sets act.qkv; after
-        the last layer sets act.last."""
+        the last layer sets act.last. CPU decodes: their o comes from the host before, and their q,
+        k and v are on the host after it."""
         L, ops = len(self.layers), self.ops
+        host = self.host[b.index].tensor if b.num_cpu else None
         if i == 0:
             torch.index_select(self.embed, 0, b.tokens, out=act.x)                  # [N, E]
         else:
+            if host:
+                ops.unpack(host("o"), b.host_slots, act.o)
             w, x, o = self.layers[i - 1], act.x, act.o.flatten(1)
             if i == L:
                 act.last = x = x[b.sampled_rows]                                    # [S, E]
@@ -269,11 +280,19 @@ class Model:
             for x, norm in ((act.qkv[:, :H], w.q_norm), (act.qkv[:, H:H + Hkv], w.k_norm)):
                 x.copy_(self._norm(x, norm))
         ops.rotate_(act.qkv, self.cos, self.sin, b.positions, H + Hkv)
+        if host:
+            # The host has read these buffers: this was launched after CPU attention of layer i - 1.
+            ops.pack(act.qkv, b.host_slots, host("q"), host("k"), host("v"))
 
     def head(self, activations):
-        """Logits [S, V] float32 of the sampled rows of all sub-batches."""
+        """Of the sampled rows of all sub-batches: logits [S, V] float32, and the tokens [S] of the
+        largest ones."""
         x = torch.cat([act.last for act in activations])
-        return F.linear(self._norm(x, self.norm), self.lm_head).float()
+        logits = F.linear(self._norm(x, self.norm), self.lm_head).float()
+        if logits.is_cuda:
+            return logits, logits.argmax(-1)
+        # NumPy's argmax is ten times faster than torch's on a CPU
+        return logits, torch.from_numpy(logits.numpy().argmax(-1))
 
     def _norm(self, x, weight):
         return F.rms_norm(x, weight.shape, weight, self.cfg.norm_eps)
@@ -302,12 +321,8 @@ class Model:
         return qkv.split(self._qkv_heads(), 1)
 
     def send(self, b, act, i):
-        """k and v of layer i's prompts bound for the CPU tier, and q, k, v of its CPU decodes ->
-        host memory."""
-        host, (q, k, v) = self.host[b.index], self._split(act.qkv)
-        first = b.num_prefill + b.num_gpu_rows
-        for name, src in (("q", q), ("k", k), ("v", v)):
-            host.tensor(name)[:b.num_cpu].copy_(src[first:first + b.num_cpu], non_blocking=True)
+        """k and v of layer i's prompts bound for the CPU tier -> host memory."""
+        host, (_, k, v) = self.host[b.index], self._split(act.qkv)
         place = host.place(b.num_stored, i)
         for name, src in (("prompt_k", k), ("prompt_v", v)):
             host.tensor(name)[place].copy_(src[:b.num_stored], non_blocking=True)
@@ -325,11 +340,6 @@ class Model:
         end = time.perf_counter()
         self.cpu_spans.append(Span("cpu", "cpu_attend", i, b.index, start, end))
 
-    def receive(self, b, act, i):
-        """Attention output of the CPU-decode rows -> act.o."""
-        first, o = b.num_prefill + b.num_gpu_rows, self.host[b.index].tensor("o")
-        act.o[first:first + b.num_cpu].copy_(o[:b.num_cpu].to(self.device, non_blocking=True))
-
     # ---- the pass
 
     def forward(self, b, kv, depth, activations):
@@ -341,57 +351,70 @@ class Model:
         kv.fetch_past(b, 0)
         for i in range(depth):
             queue.submit("linear", i, index, linear)        # finish layer i - 1, start layer i
-            if b.num_host_rows:
+            if b.num_stored:
                 kv.wait_stored(b, i - 2)                    # its place is used again
-                sent = queue.send("send", i, index, partial(self.send, b, act))
+                on_host = queue.send("send", i, index, partial(self.send, b, act))
+            elif b.num_cpu:
+                on_host = queue.mark()
             kv.wait_swaps(i)
             if i + 1 < depth:
                 kv.fetch_past(b, i + 1)                     # a layer ahead of its attention
             queue.submit("attend", i, index, attend)
             yield                                           # another sub-batch takes its turn
             if b.num_host_rows:
-                queue.wait(sent)
+                queue.wait(on_host)                         # else the host would read old rows
             if b.num_stored:
                 host, place = self.host[index].numpy, HostBuffers.place(b.num_stored, i)
                 kv.store_prompts(b, i, host("prompt_k")[place], host("prompt_v")[place])
             if b.num_cpu:
                 self.cpu_attend(b, kv, i)
-                queue.fetch("receive", i, index, partial(self.receive, b, act))
         queue.submit("linear", len(self.layers), index, partial(self.linear, b, act))
 
     @torch.inference_mode()
-    def run(self, sub_batches, kv, depth=None):
-        """Run one SubBatch (sequential) or several (pipelined) -> logits of all their sampled rows,
-        [S, V] float32.
+    def run(self, sub_batches, kv, depth=None, timed=True):
+        """Run one SubBatch (sequential) or several (pipelined) -> Result of all their sampled rows.
 
-        On CUDA it returns while the GPU still works; whatever reads the logits waits for it.
+        On CUDA it returns while the GPU still works; whatever reads the Result waits for it.
         depth  stop after this number of layers, for profiling; default all
+        timed  record when each stage ran, for `spans`
         """
-        self.cpu_spans = []
+        self.cpu_spans, queue, L = [], self.queue, len(self.layers)
         if self.captures:
             self.captures.captured_now = False
-        self.queue.begin()
+        queue.begin(timed)
         cpu_attn.set_threads(self.cpu_threads)
-        activations, logits, depth = {}, [], depth or len(self.layers)
+        whole, result, activations = None, {}, {}
+        if self.captures and not depth and len(sub_batches) == 1:
+            whole = self.captures.whole_pass(sub_batches[0], kv)
+        depth = depth or L
         turns = deque(self.forward(b, kv, depth, activations) for b in sub_batches)
         done = object()
+
+        def head(layer):
+            result["logits"], result["best"] = self.head(activations.values())
         try:
+            if whole:
+                replay, result = whole
+                queue.submit("pass", L, 0, lambda _: replay())
+                turns.clear()
             while turns:
                 if next(turns[0], done) is done:
                     turns.popleft()
                 else:
                     turns.rotate(-1)
-            self.queue.submit("head", len(self.layers), 0,
-                              lambda _: logits.append(self.head(activations.values())))
+            if not whole:
+                queue.submit("head", L, 0, head)
             for b in sub_batches:
                 for i in (depth - 2, depth - 1):
                     kv.wait_stored(b, i)    # raises what went wrong; earlier layers were waited for
         finally:                            # also when a stage failed: nothing may run on
             try:
-                self.queue.drain()
+                queue.drain()
             finally:
                 self.move_spans = kv.settle()   # after the stages that wait for its copies
-        return logits[0]
+        S = sum(len(b.sampled_rows) for b in sub_batches)       # behind them: padding
+        logits, best = result["logits"][:S], result["best"][:S]
+        return Result(logits, best, queue.bring(best))
 
     def settle(self, kv):
         """After a run that failed: wait until nothing of it works on."""
@@ -401,15 +424,22 @@ class Model:
     @property
     def spans(self):
         """perfmodel.Spans of the last run. Waits for the GPU."""
-        return self.queue.spans() + self.cpu_spans + self.move_spans
+        spans = self.queue.spans()
+        return spans + self.cpu_spans + self.move_spans if spans else []
 
     # ---- where a sub-batch is computed
 
-    def allow_captures(self, width):
+    def allow_captures(self, width, budget=float("inf")):
         """Make the static memory of captured decodes, for block tables of `width` blocks, if this
-        back end and the options allow captures."""
+        back end and the options allow captures; these may take `budget` bytes."""
         if self.may_capture:
-            self.captures = Captures(self, width)
+            self.captures = Captures(self, width, budget)
+
+    def capture_passes(self, kv, max_num_seqs):
+        """Capture whole passes for up to max_num_seqs decodes of the GPU tier, before anybody
+        waits for them."""
+        if self.captures and on_cuda(self.device):
+            self.captures.capture_passes(kv, min(max_num_seqs, kv.tiers["gpu"].num_blocks))
 
     @property
     def captured(self):
@@ -430,10 +460,11 @@ class Model:
     def _place(self, b, kv):
         """-> (Activations, linear(layer), attend(layer)) of a SubBatch."""
         if b.index not in self.host:
-            self.host[b.index] = HostBuffers(*self.num_heads, self.cfg.head_dim, self.row_dtype,
-                                             self.device.type == "cuda")
+            self.host[b.index] = HostBuffers(
+                *self.num_heads, self.cfg.head_dim, self.row_dtype, on_cuda(self.device),
+                MAX_CAPTURED if self.captures else 0)
         self.host[b.index].fit(b.num_cpu, b.num_stored)
-        placed = self.captures.place(b, kv) if self.captures else None
+        placed = self.captures.stages_of(b, kv) if self.captures else None
         if placed:
             return placed
         act = self.activations(len(b.tokens))

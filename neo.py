@@ -9,12 +9,14 @@
 The one loop is `LLM.step`: plan, bind, forward, commit, measure (arXiv 2411.01142). Knows no
 kernels, and not how a plan is made.
 """
+import contextlib
 import random
 import statistics
 import sys
 import time
 from collections import deque
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -30,8 +32,9 @@ from measure import measure_gpu_blocks, profile_points, warm_up
 from model import Model
 from options import Options, Parser, add_engine_flags, engine_options
 from perfmodel import Prediction, Profile, Roofline, SimulatedModel, busy_seconds, find_testbed
+from queues import on_cuda
 from request import Request, RequestOutput, SamplingParams
-from sampling import sample
+from sampling import is_greedy, sample
 from scheduler import MAX_RUNNING, Scheduler
 from startup import (
     device_name,
@@ -45,6 +48,17 @@ from startup import (
 from strategies import find_strategy
 
 MAX_ERRORS = 4096       # iterations whose prediction error is remembered
+TIMED_EVERY = 32        # on CUDA one iteration in 32 is timed stage by stage, which costs launches
+
+
+class Flight(NamedTuple):
+    """An iteration whose tokens the GPU still computes while the next one is planned."""
+    plan: object            # plan.Plan
+    sampled: list           # its Requests that get a token,
+    outs: list              # and their RequestOutputs
+    result: object          # perfmodel.Result
+    start: float            # of the iteration, by the engine's clock
+
 
 class LLM:
     """The engine. LLM(model, strategy="neo", **options).
@@ -64,7 +78,9 @@ class LLM:
         self.max_num_seqs = options.max_num_seqs or MAX_RUNNING
         self.path = find_model(self.name, weights=not options.simulate)
         self.verbose = False            # print each iteration
-        self.on_iteration = None        # is called with (plan, spans, start, end)
+        self.on_iteration = None        # is called with (plan, spans, start, end); no spans where
+        self.timed_every = 1            # the iteration was not timed: one in this number is
+        self.may_fly, self.flight = False, None
         self.cfg = load_config(self.path)
         self.testbed = self.points = self.outputs = None
         if options.simulate:
@@ -97,13 +113,21 @@ class LLM:
         torch.set_num_threads(self.gpu_threads or cores)    # this thread samples: the GPU idles
         self.load_seconds = time.perf_counter() - start
         self.model.allow_captures(-(-budget.max_model_len // budget.block_size))
-        if self.device.type == "cuda" and options.gpu_blocks is None:
-            budget.num_blocks["gpu"] = measure_gpu_blocks(self.model, budget, options.gpu_mem)
+        if on_cuda(self.device):
+            most = measure_gpu_blocks(self.model, budget, options.gpu_mem)
+            if options.gpu_blocks and options.gpu_blocks > most:
+                raise ValueError(f"gpu_blocks = {options.gpu_blocks}: beside weights, activations "
+                                 f"and CUDA graphs the GPU has room for {most}: lower it, or "
+                                 "--max-batch-tokens")
+            budget.num_blocks["gpu"] = options.gpu_blocks or most
             budget.check_length(options.strategy, tiers, options.max_model_len)
         self.kv = KVCache(self.model.kv_geometry, budget.block_size, budget.num_blocks,
                           budget.max_model_len, budget.kv_dtypes, budget.row_dtype, self.device)
         self.clock, self.wait = time.perf_counter, time.sleep
+        if on_cuda(self.device):
+            self.timed_every, self.may_fly = TIMED_EVERY, True
         warm_up(self.model, self.kv)
+        self.model.capture_passes(self.kv, self.max_num_seqs)
         threads = [self.gpu_threads, self.cpu_threads]
         self.points = profile_points(self.model, self.kv, budget, threads)
 
@@ -147,7 +171,8 @@ class LLM:
                                    budget.max_model_len, budget.max_batch_tokens, self.perf,
                                    self.ttft_queue, self.max_num_seqs)
         self.strategy, self.outputs, self.num_added = strategy, {}, 0
-        self.seconds = dict.fromkeys(("wall", "model", "gpu_busy", "cpu_busy"), 0.0)
+        self.flight, self.last_end = None, 0.0
+        self.seconds = dict.fromkeys(("wall", "model", "timed", "gpu_busy", "cpu_busy"), 0.0)
         self.swapped_before, self.errors = self.kv.swapped_blocks, deque(maxlen=MAX_ERRORS)
 
     # ---- requests in
@@ -232,48 +257,109 @@ class LLM:
     # ---- tokens out
 
     def step(self):
-        """One iteration. Returns the outputs that got a token: none when nothing is in flight, or
-        when all rows belong to prompts with more chunks to come.
+        """One iteration. Returns the outputs that got a token: none when nothing is in flight, when
+        all rows belong to prompts with more chunks to come, or when the tokens come with the next
+        step.
+
+        On CUDA an iteration of the GPU tier alone is left in flight, and its tokens are recorded
+        behind the launch of the next one: see `_may_leave`.
 
         Whatever raises, it is raised again, and the engine can go on: what fails while planning
-        changes nothing, and what fails later aborts the requests of this iteration alone.
+        changes nothing, and what fails later aborts the requests of this iteration alone (and of
+        the one in flight).
         """
         if not self.outputs:
+            self.flight = None              # nobody waits for it
             return []
         before = plan = None
+        landed = []
         try:
             # 1) Plan: who has rows, and in which tier their KV lies.
             start, before = self.clock(), self.scheduler.snapshot()
             plan = self.scheduler.plan()
+            if self.flight and (plan.host_works or any(r.num_pending for r in plan.prefill)):
+                landed = self._land()
+                plan.leave_out([out.request for out in landed if out.finish_reason])
+            if not plan.batches:
+                return landed + self._land()
 
             # 2) Bind: blocks are freed, moved and reserved; rows become tensors.
+            late = self.flight and (self.flight.result.best, {
+                r.id: row for row, r in enumerate(self.flight.sampled)})
             for r in plan.preempted:
                 self.kv.release(r.id)
             for requests, tier in ((plan.swap_out, "cpu"), (plan.swap_in, "gpu")):
                 if requests:
                     self.kv.swap([r.id for r in requests], tier)
-            sub_batches = [self.kv.bind(batch, i, self.model.padded_rows)
+            sub_batches = [self.kv.bind(batch, i, self.model.padded_rows, late)
                            for i, batch in enumerate(plan.batches)]
 
             # 3) Forward: all layers, then one token for each row that is sampled.
-            model_start = self.clock()
-            outs = [self.outputs[r.id] for r in plan.sampled]
-            tokens = sample(self.model.run(sub_batches, self.kv), outs)
-            model_end = self.clock()
+            sampled = plan.sampled
+            outs = [self.outputs[r.id] for r in sampled]
+            timed = self.scheduler.iteration % self.timed_every == 0
+            with self._model_time():
+                result = self.model.run(sub_batches, self.kv, timed=timed)
+            landed += self._land()          # the iteration before, behind the launch of this one
+            if self._may_leave(plan, outs, timed):
+                self.scheduler.advance(plan)
+                self.flight = Flight(plan, sampled, outs, result, start)
+                return landed
+            with self._model_time():
+                tokens = sample(result, outs)
 
             # 4) Commit: tokens are appended, finished requests leave, text grows.
+            outs = [out for out in outs if out.finish_reason is None]
             self.scheduler.commit(plan, tokens)
             for out in outs:
                 self._grow(out)
 
             # 5) Measure: correct the predictions.
-            self._measure(plan, start, model_end - model_start, self.clock())
+            self._measure(plan, self.model.spans, start)
+            return landed + outs
         except BaseException:
             if before and not plan:
                 self.scheduler.restore(before)
-            self._repair(plan.requests + plan.swap_in + plan.swap_out if plan else [])
+            lost = plan.requests + plan.swap_in + plan.swap_out if plan else []
+            if plan and self.flight:
+                lost += self.flight.sampled
+                self.flight = None
+            self._repair(lost)
             raise
+
+    def _may_leave(self, plan, outs, timed):
+        """May an iteration stay in flight while the next one is planned?
+
+        Yes if the host has no part in it, no token is drawn or needs its log-probability, and
+        nobody gets a last token. Whoever ends by a stop id or string takes part in one iteration
+        too many; that row is dropped.
+        """
+        return (self.may_fly and not timed and len(plan.batches) == 1 and not plan.host_works
+                and bool(outs) and all(map(is_greedy, outs))
+                and all(r.num_output + 1 < r.max_tokens for r in plan.sampled))
+
+    def _land(self):
+        """Wait for the iteration in flight, if there is one, and record its tokens -> the outputs
+        that got one."""
+        if not self.flight:
+            return []
+        flight = self.flight
+        with self._model_time():
+            tokens = flight.result.arrived()
+        outs = [out for out in flight.outs if out.finish_reason is None]
+        self.scheduler.arrive(flight.sampled, tokens)
+        for out in outs:
+            self._grow(out)
+        self._measure(flight.plan, [], flight.start)
+        self.flight = None
         return outs
+
+    @contextlib.contextmanager
+    def _model_time(self):
+        """Count the time inside as the model's."""
+        start = self.clock()
+        yield
+        self.seconds["model"] += self.clock() - start
 
     def _repair(self, lost):
         """After an error, which may have left any function half done: end the `lost` requests, and
@@ -297,18 +383,23 @@ class LLM:
         self.kv.release(out.request_id)
         self.outputs.pop(out.request_id, None)
 
-    def _measure(self, plan, start, model_seconds, end):
-        spans, s = self.model.spans, self.scheduler
-        busy = busy_seconds(spans)
-        for name, value in (("wall", end - start), ("model", model_seconds),
+    def _measure(self, plan, spans, start):
+        """After an iteration: count its times, correct the predictions, tell who listens.
+
+        start  of the iteration. If it was in flight, the one before may have ended later
+        """
+        s, busy, end = self.scheduler, busy_seconds(spans), self.clock()
+        wall, self.last_end = end - max(start, self.last_end), end
+        for name, value in (("wall", wall), ("timed", wall if spans else 0.0),
                             ("gpu_busy", busy["gpu"]), ("cpu_busy", busy["cpu"])):
             self.seconds[name] += value
-        measured = Prediction(1e3 * (end - start), 1e3 * busy["gpu"],
+        measured = Prediction(1e3 * wall, 1e3 * busy["gpu"],
                               1e3 * (busy["cpu"] + busy["copy"]))
         predicted_ms = plan.predicted.total_ms if plan.predicted else float("nan")
         if plan.predicted and not self.model.captured:
             self.errors.append(abs(predicted_ms / measured.total_ms - 1))
-            self.perf.observe(plan.predicted, measured)
+            if spans:
+                self.perf.observe(plan.predicted, measured)
         if self.verbose:
             rows = " | ".join("prefill {:5d} gpu {:3d} cpu {:3d}".format(*b.counts())
                               for b in plan.batches)
@@ -372,6 +463,7 @@ class LLM:
         counters = ("iterations", "pipelined_iterations", "preemptions", "prefill_tokens", "chunks",
                     "cpu_prefills", "gpu_decode_tokens", "cpu_decode_tokens")
         share = seconds["model"] / seconds["wall"] if seconds["wall"] else 1.0
+        timed = seconds["wall"] / seconds["timed"] if seconds["timed"] else 0.0
         return {
             **{name: s.stats[name] for name in counters},
             "swapped_blocks": self.kv.swapped_blocks - self.swapped_before,
@@ -380,8 +472,9 @@ class LLM:
             "running_cpu": len(s.running["cpu"]),
             "gpu_blocks": s.num_blocks["gpu"], "gpu_blocks_free": s.num_free["gpu"],
             "cpu_blocks": s.num_blocks["cpu"], "cpu_blocks_free": s.num_free["cpu"],
-            "wall_s": seconds["wall"], "gpu_busy_s": seconds["gpu_busy"],
-            "cpu_busy_s": seconds["cpu_busy"], "outside_model_share": 1 - share,
+            # busy: as in those iterations that were timed
+            "wall_s": seconds["wall"], "gpu_busy_s": seconds["gpu_busy"] * timed,
+            "cpu_busy_s": seconds["cpu_busy"] * timed, "outside_model_share": 1 - share,
             "prediction_error": statistics.median(self.errors) if self.errors else None}
 
     def describe(self):

@@ -63,6 +63,13 @@ class Span(NamedTuple):
     end: float
 
 
+class Result(NamedTuple):
+    """What a run of the model leaves for its S sampled rows. Reading it may wait for the GPU."""
+    logits: object          # [S, V] float32 tensor, valid until the next run
+    best: object            # [S] tensor: the token of the largest logit, valid until the next run
+    arrived: object         # a function that returns `best` as a list
+
+
 def busy_seconds(spans):
     """{lane: seconds of work} of a list of Spans."""
     busy = dict.fromkeys(("gpu", "cpu", "copy", "move"), 0.0)
@@ -455,9 +462,9 @@ class SimulatedModel:
     def settle(self, kv):
         """Nothing runs on."""
 
-    def run(self, sub_batches, kv):
+    def run(self, sub_batches, kv, timed=True):
         """One iteration: first the swaps that precede it, one block after the other, then the
-        layers. Returns logits, [rows that get a token, 1] zeros."""
+        layers. Returns a Result with logits [rows that get a token, 1] of zeros."""
         perf, start = self.perf, self.now
         num_blocks, self.num_swapped = kv.swapped_blocks - self.num_swapped, kv.swapped_blocks
         if num_blocks:
@@ -470,4 +477,5 @@ class SimulatedModel:
         self.layout = (loads, perf.n_layer, perf.once_ms(num_sampled), start)
         self.spans = [Span(lane, "iteration", 0, 0, start, start + ms / 1e3)
                       for lane, ms in (("gpu", predicted.gpu_ms), ("cpu", predicted.cpu_ms))]
-        return sub_batches[0].sampled_rows.new_zeros((num_sampled, 1))
+        logits = sub_batches[0].sampled_rows.new_zeros((num_sampled, 1))
+        return Result(logits, logits[:, 0], logits[:, 0].tolist)

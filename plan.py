@@ -78,6 +78,20 @@ class Plan:
     def sampled(self):
         return [r for batch in self.batches for r in batch.sampled]
 
+    @property
+    def host_works(self):
+        """Does the host move or read KV for it, or put requests back into the queue?"""
+        return bool(self.preempted or self.swap_out or self.swap_in
+                    or any(b.cpu_decodes for b in self.batches)
+                    or any(r.tier == "cpu" for r in self.prefill))
+
+    def leave_out(self, ended):
+        """Take requests out that ended after the plan was made."""
+        rows = [row for b in self.batches for row in (b.prefill, b.gpu_decodes, b.cpu_decodes)]
+        for requests in (self.preempted, self.swap_out, self.swap_in, self.prefill, *rows):
+            requests[:] = [r for r in requests if r not in ended]
+        self.batches = [b for b in self.batches if b.requests]
+
 
 # ------------------------------------------------------------------ the rules of a strategy
 

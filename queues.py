@@ -1,26 +1,28 @@
-"""How work is launched on the GPU, and how launches are captured and replayed.
+"""How work is launched on the GPU: a CUDA stream, or with no GPU a worker thread that plays it.
 
-The GPU is a CUDA stream, or with no GPU a worker thread that plays it. One interface for both:
+One interface for both:
 
-    begin()                            a new run: forget the spans of the last one
+    begin(timed)                       a new run: forget the spans of the last one
     submit(stage, layer, index, fn)    fn(layer), in order, without waiting for it
-    send(stage, layer, index, fn)      a copy to the host, after what was submitted; for `wait`
-    fetch(stage, layer, index, fn)     a copy from the host, before what is submitted next
+    mark()                             a handle on all that was submitted so far, for `wait`
+    send(stage, layer, index, fn)      a copy to the host, after what was submitted -> a handle
     wait(handle)                       until this is done
+    bring(tensor)                      starts a copy to the host -> a function that waits for it
+                                       and returns the numbers as a list
     drain()                            until a worker thread has done everything; raises its first
                                        error. On CUDA what uses a result waits for it by itself
     settle()                           after an error: wait, and forget it
-    spans()                            perfmodel.Spans of the run; waits for the GPU
+    spans()                            perfmodel.Spans of the run, none if it was not timed; waits
+                                       for the GPU
     capture(calls)                     calls without arguments -> calls that cost less to launch
+    free_bytes()                       of the GPU's memory
 
-`index` is the sub-batch's. A queue knows stages only by their names. `Captures` knows the fields
-of a SubBatch and of the model's activations, but no weights and no policy.
+`index` is the sub-batch's. A queue knows stages only by their names.
 """
 import contextlib
+import gc
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -28,10 +30,15 @@ import torch
 import cpu_attn
 from perfmodel import Span
 
-MAX_CAPTURED = 512      # GPU or CPU decode rows of a captured sub-batch. Beyond that, launches cost
-#                         little beside the work.
-MAX_SIZES = 64          # sizes that are captured; each holds two graphs a layer, some MB of memory
-RESERVED = 2            # sub-batches whose static memory is made at the start
+
+def on_cuda(device):
+    """Do streams, events and pinned memory exist for this torch.device?"""
+    return device.type == "cuda"
+
+
+def host_tensor(shape, dtype, pinned):
+    """An empty tensor in host memory, `pinned` where the GPU copies from or to it."""
+    return torch.empty(shape, dtype=dtype, pin_memory=pinned)
 
 
 class ThreadQueue:
@@ -46,7 +53,8 @@ class ThreadQueue:
         cpu_attn.set_threads(threads)       # thread-local: the main thread has its own number
         torch.set_num_threads(threads)
 
-    def begin(self):
+    def begin(self, timed=True):
+        """Spans cost nothing here: they are always recorded."""
         self.recorded = []
 
     def submit(self, stage, layer, index, fn):
@@ -54,7 +62,13 @@ class ThreadQueue:
         self.pending.append(job)
         return job
 
-    send = fetch = submit                   # the worker makes the copies, too
+    send = submit                           # the worker makes the copies, too
+
+    def mark(self):
+        return self.pending[-1]
+
+    def bring(self, tensor):
+        return tensor.tolist                # it is on the host already
 
     @torch.inference_mode()                 # thread-local: the worker must enter it itself
     def _work(self, stage, layer, index, fn):
@@ -89,49 +103,74 @@ class ThreadQueue:
         """Nothing to capture: here a launch is a call."""
         return calls
 
+    def free_bytes(self):
+        return 0                                # captures take nothing
+
 
 class CudaQueue:
-    """The current CUDA stream, and one stream for the copies each way. Work is launched at once;
-    waiting is done by events."""
+    """The current CUDA stream, and one stream for copies of prompts to the host. Work is launched
+    at once; waiting is done by events."""
 
     def __init__(self):
         # High priority: otherwise these copies would wait behind an attention kernel that fills
         # the GPU.
-        self.to_host, self.from_host = (torch.cuda.Stream(priority=-1) for _ in range(2))
+        self.to_host = torch.cuda.Stream(priority=-1)
         self.capturing = torch.cuda.Stream()
-        self.graph_pool = torch.cuda.graph_pool_handle()
-        self.timed = []         # (lane, stage, layer, index, start event, end event)
-        self.spare_events = []
+        self.graph_pool = None  # made by the first capture
+        self.timed = False
+        self.records = []       # (lane, stage, layer, index, start event, end event)
+        self.spare_events = []  # with times
 
-    def begin(self):
-        self.spare_events += [event for *_, start, end in self.timed for event in (start, end)]
-        self.timed, self.base_time, self.base = [], time.perf_counter(), self._mark()
+    def begin(self, timed=True):
+        self.spare_events += [event for *_, start, end in self.records for event in (start, end)]
+        self.records, self.timed = [], timed
+        if timed:
+            self.base_time, self.base = time.perf_counter(), self._time()
 
-    def _mark(self):
+    def _time(self):
         spare = self.spare_events
         event = spare.pop() if spare else torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
     def submit(self, stage, layer, index, fn, lane="gpu"):
-        start = self._mark()
-        fn(layer)
-        end = self._mark()
-        self.timed.append((lane, stage, layer, index, start, end))
-        return end
+        if not self.timed:
+            self.launch(fn, layer)
+            return
+        start = self._time()
+        self.launch(fn, layer)
+        self.records.append((lane, stage, layer, index, start, self._time()))
+
+    @staticmethod
+    def launch(fn, *args):
+        """All that is put on a stream goes through here: a test makes other orders of it."""
+        fn(*args)
+
+    def mark(self):
+        event = torch.cuda.Event()
+        event.record()
+        return event
 
     def send(self, stage, layer, index, fn):
+        # The copies read what the main stream has just been told to compute.
         self.to_host.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.to_host):
-            return self.submit(stage, layer, index, fn, lane="copy")
-
-    def fetch(self, stage, layer, index, fn):
-        with torch.cuda.stream(self.from_host):
             self.submit(stage, layer, index, fn, lane="copy")
-        torch.cuda.current_stream().wait_stream(self.from_host)
+            return self.mark()
 
     def wait(self, event):
         event.synchronize()
+
+    def bring(self, tensor):
+        host = host_tensor(tensor.shape, tensor.dtype, pinned=True)
+        self.launch(partial(host.copy_, non_blocking=True), tensor)
+        # An event, not the stream: the next iteration may be on the stream by then.
+        copied = self.mark()
+
+        def arrived():
+            copied.synchronize()
+            return host.tolist()
+        return arrived
 
     def drain(self):
         """Nothing to wait for: what uses a result comes after it on the stream."""
@@ -141,137 +180,59 @@ class CudaQueue:
             torch.cuda.synchronize()
 
     def spans(self):
-        # The main stream waits for every copy, so synchronising it is enough.
+        if not self.timed:
+            return []
+        # `send` is not waited for by the main stream, but its copies have been waited for.
         torch.cuda.current_stream().synchronize()
 
         def seconds(event):
             return self.base_time + self.base.elapsed_time(event) / 1e3
-        return [Span(*label, seconds(start), seconds(end)) for *label, start, end in self.timed]
+        return [Span(*label, seconds(start), seconds(end)) for *label, start, end in self.records]
 
     def capture(self, calls):
         """Inputs and outputs of the calls must lie in memory that stays.
 
         One pool serves the temporaries of all graphs, because replays follow each other on one
-        stream. torch.cuda.graph would collect garbage and synchronise each time, and there are two
-        captures a layer; so this is done by hand. If a capture fails, the error is raised and
-        nothing is left half captured.
+        stream. torch.cuda.graph would collect garbage and synchronise each time, and there are
+        many captures; so this is done by hand. Raises RuntimeError, torch.OutOfMemoryError and
+        AcceleratorError among them. Then the pool is given up: the allocator may count a capture
+        in it as under way for ever.
         """
         replays = []
+        self.graph_pool = self.graph_pool or torch.cuda.graph_pool_handle()
         torch.cuda.synchronize()
-        with torch.cuda.stream(self.capturing):
-            for call in calls:              # kernels are compiled, workspaces allocated
-                call()
-            self.capturing.synchronize()
-            # PyTorch cannot free its cached blocks while capturing. Free them now, or the capture
-            # may run out of memory.
-            torch.cuda.empty_cache()
-            for call in calls:
-                graph = torch.cuda.CUDAGraph()
-                graph.capture_begin(pool=self.graph_pool, capture_error_mode="thread_local")
-                try:
+        collects = gc.isenabled()
+        gc.disable()                        # CUDA objects must not be freed inside a capture
+        try:
+            with torch.cuda.stream(self.capturing):
+                for call in calls:          # kernels are compiled, workspaces allocated
                     call()
-                except BaseException:
-                    with contextlib.suppress(RuntimeError):
-                        graph.capture_end()
-                    raise
-                graph.capture_end()
-                replays.append(graph.replay)
-        torch.cuda.synchronize()
+                self.capturing.synchronize()
+                # PyTorch cannot free its cached blocks while capturing. Free them now, or the
+                # capture may run out of memory.
+                torch.cuda.empty_cache()
+                for call in calls:
+                    graph = torch.cuda.CUDAGraph()
+                    graph.capture_begin(pool=self.graph_pool, capture_error_mode="thread_local")
+                    try:
+                        call()
+                    except BaseException:
+                        with contextlib.suppress(RuntimeError):
+                            graph.capture_end()
+                        raise
+                    graph.capture_end()
+                    replays.append(graph.replay)
+            torch.cuda.synchronize()
+        except BaseException:
+            self.graph_pool = None
+            raise
+        finally:
+            if collects:
+                gc.enable()
         return replays
 
-
-class Captures:
-    """Sub-batches of decodes, padded to a few sizes, whose stages are captured once per size and
-    then replayed.
-
-    A captured launch reads and writes fixed memory. So each sub-batch index has static tensors, and
-    a sub-batch of any size uses their first rows.
-
-    model  gives linear(b, act, layer), attend(b, act, kv, layer), activations(N) and the device
-    width  blocks of the widest block table
-    """
-
-    def __init__(self, model, width):
-        self.model, self.width = model, width
-        self.static = {}        # index -> (fields of a SubBatch, Activations), MAX_CAPTURED rows
-        self.replays = {}       # (index, GPU rows, rows) -> {(stage, layer): replay}, or None
-        self.captured_now = False       # did the last run stop to capture something?
-        for index in range(RESERVED):
-            self._reserve(index)
-
-    def _reserve(self, index):
-        rows = 2 * MAX_CAPTURED
-        shapes = {"tokens": (rows,), "positions": (rows,), "gpu_slots": (rows,),
-                  "gpu_lens": (rows,), "gpu_table": (rows, self.width)}
-        inputs = {name: torch.zeros(shape, dtype=torch.int32, device=self.model.device)
-                  for name, shape in shapes.items()}
-        act = self.model.activations(rows)
-        for t in (act.x, act.qkv, act.o):
-            t.zero_()
-        self.static[index] = inputs, act
-
     @staticmethod
-    def padded_rows(num_gpu, num_cpu):
-        """Decode rows -> rows to pad them to, so that few captures serve all sizes.
-
-        GPU rows alone go up in steps, eight to a power of two. Beside CPU rows, both go up in
-        powers of two.
-        """
-        if max(num_gpu, num_cpu) > MAX_CAPTURED:
-            return num_gpu, num_cpu
-
-        def up(n, parts):
-            step = max(1, 2 ** (n - 1).bit_length() // parts)
-            return -(-n // step) * step if n else 0
-        return up(num_gpu, 1 if num_cpu else 8), up(num_cpu, 1)
-
-    def place(self, b, kv):
-        """Copy a sub-batch into its static memory -> (Activations, linear(layer), attend(layer)),
-        or None if it has prompts, is too large, or could not be captured."""
-        N, num_gpu = len(b.tokens), b.num_gpu_rows
-        if b.num_prefill or max(num_gpu, N - num_gpu) > MAX_CAPTURED:
-            return None
-        if b.index not in self.static:
-            self._reserve(b.index)
-        key = b.index, num_gpu, N
-        if key not in self.replays and len(self.replays) < MAX_SIZES:
-            self.replays[key] = self._capture(b, kv)
-        replays = self.replays.get(key)
-        if replays is None:
-            return None
-        inputs, act = self.static[b.index]
-        for name in ("tokens", "positions", "gpu_slots", "gpu_lens"):
-            new = getattr(b, name)
-            inputs[name][:len(new)].copy_(new)
-        inputs["gpu_table"][:num_gpu, :b.gpu_table.shape[1]].copy_(b.gpu_table)
-
-        def linear(layer):
-            replays["linear", layer]()
-
-        def attend(layer):
-            if num_gpu:                 # without GPU rows there is no attention to capture
-                replays["attend", layer]()
-        return act.first(N), linear, attend
-
-    def _capture(self, b, kv):
-        """{(stage, layer): replay} for sub-batches of b's size; None if memory is short.
-
-        Capturing runs the kernels on dummy rows; slot -1 and length 0 make them write nothing.
-        """
-        inputs, act = self.static[b.index]
-        N, num_gpu, layers = len(b.tokens), b.num_gpu_rows, range(len(self.model.layers))
-        inputs["gpu_slots"].fill_(-1)
-        inputs["gpu_lens"].zero_()
-        rows = {"tokens": N, "positions": N}
-        b = replace(b, **{name: t[:rows.get(name, num_gpu)] for name, t in inputs.items()})
-        act = act.first(N)
-        calls = {("linear", i): partial(self.model.linear, b, act, i) for i in layers}
-        if num_gpu:
-            calls |= {("attend", i): partial(self.model.attend, b, act, kv, i) for i in layers}
-        self.captured_now = True
-        try:
-            return dict(zip(calls, self.model.queue.capture(list(calls.values())), strict=True))
-        except torch.OutOfMemoryError as error:
-            warnings.warn(f"no memory to capture decodes of {N} rows ({error}): these are launched "
-                          "kernel by kernel", stacklevel=2)
-            return None
+    def free_bytes():
+        """Of the GPU, what torch keeps for later included."""
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0]

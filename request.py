@@ -17,7 +17,8 @@ class Request:
     stop_ids: frozenset = frozenset()  # token ids that end it
     exact_length: bool = False         # it will produce exactly max_tokens (ignore_eos)
     # the scheduler sets the rest
-    output: list = field(default_factory=list)  # token ids so far; Scheduler.commit appends
+    output: list = field(default_factory=list)  # token ids so far; Scheduler.arrive appends
+    num_pending: int = 0               # tokens behind them that the GPU still computes
     arrival: int = 0                   # order of arrival
     tier: str = None                   # "gpu" or "cpu" while its KV lies there
     num_cached: int = 0                # tokens in the cache: 0, then chunks, then all but the last
@@ -32,12 +33,16 @@ class Request:
 
     @property
     def num_tokens(self):
-        return len(self.prompt) + len(self.output)
+        return len(self.prompt) + self.num_output
+
+    @property
+    def num_output(self):
+        return len(self.output) + self.num_pending
 
     @property
     def is_decoding(self):
         """Its prefill is over: each iteration that it is part of gives it one token."""
-        num_output = len(self.output)       # not num_tokens: this is asked most often of all
+        num_output = len(self.output) + self.num_pending    # this is asked most often of all
         return num_output > 0 and self.num_cached == len(self.prompt) + num_output - 1
 
     @property
@@ -46,7 +51,8 @@ class Request:
         return self.num_cached + self.num_scheduled == self.num_tokens
 
     def tokens(self, start, end):
-        """Tokens to prefill. After a preemption the output is computed again with the prompt."""
+        """Tokens to prefill, none of them pending. After a preemption the output is computed again
+        with the prompt."""
         if end > len(self.prompt):
             return (self.prompt + self.output)[start:end]
         return self.prompt[start:end]
@@ -123,7 +129,7 @@ class RequestOutput:
 
     @property
     def token_ids(self):
-        """Grows with every token (Scheduler.commit appends them); an end-of-text id is the last."""
+        """Grows with every token (Scheduler.arrive appends them); an end-of-text id is the last."""
         return self.request.output
 
     @property

@@ -8,16 +8,14 @@ import torch
 SAMPLED_AT_ONCE = 64    # rows: `draw` holds several tensors as large as their logits
 
 
-def sample(logits, outs):
-    """logits [S, V] float32, one row per output -> S token ids.
+def sample(result, outs):
+    """perfmodel.Result with one row per output -> S token ids.
 
     Greedy rows take the largest logit. Each other row draws one number from its own generator, so
     neither the batch nor the order of requests changes what it draws. Log-probabilities, where
     asked for, are the model's own: before temperature, penalties and truncation.
     """
-    # NumPy's argmax is ten times faster than torch's on a CPU
-    best = logits.argmax(-1) if logits.is_cuda else logits.numpy().argmax(-1)
-    tokens = best.tolist()
+    tokens, logits = result.arrived(), result.logits
     for rows in _groups(i for i, out in enumerate(outs)
                         if out.params.temperature or out.params.changes_logits):
         chosen = _choose(logits[rows], [outs[i] for i in rows])
@@ -26,6 +24,12 @@ def sample(logits, outs):
     for rows in _groups(i for i, out in enumerate(outs) if out.params.logprobs):
         _add_logprobs(logits[rows], [tokens[i] for i in rows], [outs[i] for i in rows])
     return tokens
+
+
+def is_greedy(out):
+    """Does an output need nothing but the largest of the logits as they are?"""
+    p = out.params
+    return not (p.temperature or p.logprobs or p.changes_logits)
 
 
 def _groups(rows):
@@ -80,14 +84,15 @@ def draw(logits, params, numbers):
     def column(values):
         return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
     V = logits.shape[1]
-    temperature, top_p = column([p.temperature for p in params]), column([p.top_p for p in params])
-    top_k = column([p.top_k or V for p in params])
-    x, order = (logits / temperature).sort(descending=True, stable=True)    # likeliest first
-    probs = x.softmax(-1)
-    before = probs.cumsum(-1) - probs                                   # mass of likelier tokens
-    rank = torch.arange(V, device=x.device)
-    kept = probs * ((rank < top_k) & (before < top_p))
-    kept = torch.zeros_like(kept).scatter_(1, order, kept)              # in order of token ids
+    kept = (logits / column([p.temperature for p in params])).softmax(-1)
+    if any(p.top_p < 1 or p.top_k for p in params):     # else a sort would cost ten times the rest
+        top_p, top_k = column([p.top_p for p in params]), column([p.top_k or V for p in params])
+        probs, order = kept.sort(descending=True, stable=True)          # likeliest first
+        before = probs.cumsum(-1) - probs                               # mass of likelier tokens
+        rank = torch.arange(V, device=logits.device)
+        whole = (top_p >= 1) & (top_k >= V)     # by rounding, `before` may reach 1 too soon
+        probs = probs * (whole | ((rank < top_k) & (before < top_p)))
+        kept = torch.zeros_like(kept).scatter_(1, order, probs)         # in order of token ids
     mass = kept.cumsum(-1)
     # Not a search in `mass`: sums that a GPU makes in parallel may fall by a rounding error.
     hit = (mass > column(numbers) * mass[:, -1:]) & (kept > 0)

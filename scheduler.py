@@ -105,15 +105,30 @@ class Scheduler:
         return plan
 
     def commit(self, plan, tokens):
-        """Record the rows that were run, and one token for each request of plan.sampled; finish
-        those that reached a stop id or their length."""
+        """Record the rows that were run, and one token for each request of plan.sampled."""
+        sampled = plan.sampled
+        self.advance(plan)
+        self.arrive(sampled, tokens)
+
+    def advance(self, plan):
+        """Record the rows that are run. Each request of plan.sampled has one more token pending:
+        the next plan may be made before `arrive` brings its value."""
         sampled = plan.sampled
         for r in plan.prefill:
             r.num_cached += r.num_scheduled
             r.last_run = self.iteration
-        for r, token in zip(sampled, tokens, strict=True):
+        for r in sampled:
             r.num_cached = r.num_tokens
             r.last_run = self.iteration
+            r.num_pending += 1
+
+    def arrive(self, sampled, tokens):
+        """Record the oldest pending token of each request; finish those that reached a stop id or
+        their length. Tokens of requests that have finished meanwhile are dropped."""
+        for r, token in zip(sampled, tokens, strict=True):
+            r.num_pending -= 1
+            if r.finish_reason:
+                continue
             r.output.append(token)
             if token in r.stop_ids:
                 self.finish(r, "stop")
@@ -333,7 +348,7 @@ class Scheduler:
         """
         requests = [*self.running[tier].values(), candidate]
         now = np.array([r.num_tokens for r in requests])        # stored after this iteration
-        more = np.array([max(0, self.expected(r) - len(r.output) - 1) for r in requests])
+        more = np.array([max(0, self.expected(r) - r.num_output - 1) for r in requests])
         blocks = self._blocks(now + more)
         if blocks.sum() <= self.num_blocks[tier]:               # even if nobody finished early
             return True

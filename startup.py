@@ -27,6 +27,8 @@ MAX_BATCH_TOKENS = 2048        # default prompt tokens per iteration
 EMULATED_GPU_TOKENS = 2048     # default KV budget of the emulated GPU, which is short of memory
 TESTBED_SHARE = 0.9            # of a simulated GPU's memory that serving systems commonly take
 CUDA_SHARE = 0.95              # of the GPU memory beside the weights, for activations and KV
+CARD_SHARE = 0.92              # that a card shows of what it is sold with: 14.76 GiB of a T4's 16,
+#                                22.2 of an A10G's 24 (the rest: error correction, the driver)
 CPU_TIER_SHARE = 0.5           # of the remaining host memory, by default
 EMULATED_CPU_TIER = 4 * GIB    # and at most this where the GPU is emulated
 
@@ -50,10 +52,13 @@ def resolve_dtype(dtype, cfg, device):
     dtype = DTYPE_ALIASES.get(dtype, dtype)
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"dtype {dtype!r}: must be auto, {', '.join((*DTYPES, *DTYPE_ALIASES))}")
+    no_bf16 = device.type == "cuda" and torch.cuda.get_device_capability()[0] < 8
+    if dtype == "bf16" and no_bf16:
+        raise ValueError(f"dtype bf16: {torch.cuda.get_device_name()} has no bf16 (compute "
+                         "capability 8.0 has): take --dtype fp16")
     if dtype != "auto":
         return DTYPES[dtype]
     if device.type == "cuda":
-        no_bf16 = torch.cuda.get_device_capability()[0] < 8
         return torch.float16 if cfg.dtype == "bf16" and no_bf16 else DTYPES[cfg.dtype]
     features = binding.get_host_cpu_features()
     if any(features.get(f) for f in ("avx512bf16", "amx-bf16", "bf16")):
@@ -77,8 +82,8 @@ def resolve_threads(device, gpu_threads, cpu_threads):
             raise ValueError(f"{name} = {n}: must be 1..{cores}, the cores of this machine")
     # before torch's threads are set: starting Numba's threads resets OpenMP's number
     cpu_attn.set_threads(cores)
-    if device.type == "cuda":
-        return cores, 0, cpu_threads or cores
+    if device.type == "cuda":       # two are left for launches, and for copies and the server
+        return cores, 0, cpu_threads or max(1, cores - 2)
     gpu_threads = gpu_threads or max(1, cores - cpu_threads if cpu_threads else cores // 2)
     cpu_threads = cpu_threads or max(1, cores - gpu_threads)
     if gpu_threads + cpu_threads > max(cores, 2):
@@ -128,6 +133,7 @@ class Budget:
     max_model_len: int          # tokens of one request
     max_batch_tokens: int       # prompt tokens of one iteration
     num_blocks: dict = None     # {tier: blocks}
+    card: str = ""              # what --gpu-mem leaves of a card of that size, in words
 
     def check_tiers(self, strategy, tiers):
         """Raise ValueError if a strategy keeps KV in a CPU tier without blocks."""
@@ -152,7 +158,8 @@ class Budget:
                           for tier, n in self.num_blocks.items())
         int8 = [tier.upper() for tier, dtype in self.kv_dtypes.items() if dtype == torch.int8]
         note = f"; {' and '.join(int8)} tier in int8: outputs are not exact" if int8 else ""
-        return (f"KV budget  {tiers}; blocks of {self.block_size}{note}\n"
+        card = f"\nas a card  {self.card}" if self.card else ""
+        return (f"KV budget  {tiers}; blocks of {self.block_size}{note}{card}\n"
                 f"limits     {self.max_model_len} tokens per request, "
                 f"{self.max_batch_tokens} prompt tokens per iteration")
 
@@ -194,7 +201,8 @@ def plan_budget(options, tiers, cfg, dtype, device, testbed=None):
     gpu_blocks = options.gpu_blocks
     if gpu_blocks is None and (options.gpu_mem or has_gpu):
         share = TESTBED_SHARE * free if testbed else used + CUDA_SHARE * (free - used)
-        memory = options.gpu_mem * GIB if options.gpu_mem else share
+        card = CARD_SHARE * GIB if device.type == "cuda" and not testbed else GIB
+        memory = options.gpu_mem * card if options.gpu_mem else share
         gpu_blocks = int((memory - used) // budget.block_bytes["gpu"])
         if gpu_blocks < 1:
             raise ValueError(
@@ -239,7 +247,7 @@ def gpu_memory(options, device, testbed=None):
     if device.type != "cuda":
         raise ValueError("gpu_memory_utilization: an emulated GPU has no memory of its own: give "
                          "--gpu-mem GIB or --gpu-blocks N")
-    return share * torch.cuda.mem_get_info()[1] / GIB
+    return share * torch.cuda.mem_get_info()[1] / GIB / CARD_SHARE
 
 
 def check_numbers(options, cfg):

@@ -197,6 +197,32 @@ def _swiglu(x, y, F, BLOCK: tl.constexpr):
              mask=f < F)
 
 
+@triton.jit
+def _pack(x, slots, q, k, v, x_n, WQ, WK, BLOCK: tl.constexpr):
+    """x [N, WQ + 2 WK] -> rows slots[n] of q [., WQ], k and v [., WK], in pinned host memory."""
+    n = tl.program_id(0).to(tl.int64)
+    w = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    slot = tl.load(slots + n).to(tl.int64)
+    if slot >= 0:
+        y = tl.load(x + n * x_n + w, mask=w < WQ + 2 * WK, other=0.0)
+        is_q, is_k = w < WQ, (w >= WQ) & (w < WQ + WK)
+        is_v = (w >= WQ + WK) & (w < WQ + 2 * WK)
+        tl.store(q + slot * WQ + w, y.to(q.dtype.element_ty), mask=is_q)
+        tl.store(k + slot * WK + w - WQ, y.to(k.dtype.element_ty), mask=is_k)
+        tl.store(v + slot * WK + w - WQ - WK, y.to(v.dtype.element_ty), mask=is_v)
+
+
+@triton.jit
+def _unpack(o, slots, out, out_n, W, BLOCK: tl.constexpr):
+    """Rows slots[n] of o [., W], in pinned host memory -> out [N, W]."""
+    n = tl.program_id(0).to(tl.int64)
+    w = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    slot = tl.load(slots + n).to(tl.int64)
+    if slot >= 0:
+        y = tl.load(o + slot * W + w, mask=w < W, other=0.0)
+        tl.store(out + n * out_n + w, y.to(out.dtype.element_ty), mask=w < W)
+
+
 # ---- the launches
 
 @lru_cache
@@ -306,3 +332,17 @@ def swiglu(gate_up):
     out = gate_up.new_empty(N, F)
     _swiglu[(N, triton.cdiv(F, 1024))](gate_up, out, F, BLOCK=1024)
     return out
+
+
+def pack(qkv, slots, q, k, v):
+    """Rows of qkv [N, H + 2 Hkv, D] with a slot >= 0 of slots [N] -> those rows of q [., H, D],
+    k and v [., Hkv, D], in pinned host memory: the GPU writes over PCIe, no copy engine waits."""
+    N, width = len(qkv), qkv.stride(0)
+    _pack[(N, triton.cdiv(width, 1024))](qkv, slots, q, k, v, width, q.stride(0), k.stride(0),
+                                         BLOCK=1024)
+
+
+def unpack(o, slots, out):
+    """The way back: rows of o [., H, D] in pinned host memory -> rows of out [N, H, D]."""
+    N, width = len(out), out.stride(0)
+    _unpack[(N, triton.cdiv(width, 1024))](o, slots, out, width, width, BLOCK=1024)

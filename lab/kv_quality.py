@@ -50,7 +50,7 @@ class Reader:
                 r.num_cached, r.num_scheduled = r.num_tokens - 1, 0
         batch = Batch(self.requests) if first else Batch(cpu_decodes=self.requests)
         with torch.inference_mode():
-            return F.log_softmax(self.llm.model.run([kv.bind(batch)], kv), -1)
+            return F.log_softmax(self.llm.model.run([kv.bind(batch)], kv).logits, -1)
 
 
 def real_text():

@@ -237,7 +237,7 @@ def test_quality_of_an_int8_tier(monkeypatch, capsys):
     whole = LLM("tiny", "gpu-only", device="cpu", dtype="fp32", gpu_blocks=9)
     requests = [kv_quality.Request(i, row.tolist(), 1, tier="gpu", num_scheduled=40)
                 for i, row in enumerate(ids)]
-    logits = whole.model.run([whole.kv.bind(kv_quality.Batch(requests))], whole.kv)
+    logits = whole.model.run([whole.kv.bind(kv_quality.Batch(requests))], whole.kv).logits
     assert torch.allclose(p, logits.log_softmax(-1), atol=1e-4)
     with pytest.raises(SystemExit, match="tiny has no tokenizer"):
         kv_quality.main(["--model", "tiny", "--sequences", "1", "--length", "40"])

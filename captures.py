@@ -1,0 +1,181 @@
+"""Decodes in a few sizes, whose GPU work is captured once per size (CUDA graphs) and then replayed.
+
+Launching a kernel costs the host 3 to 10 us, and a decode of a 7B model launches 300 of them: more
+than the GPU takes for a small batch. A replay costs one launch. What is captured reads and writes
+fixed memory, so each sub-batch is copied to static tensors and padded to a size that was captured.
+
+Knows the fields of a SubBatch and of the model's activations, but no weights, no requests and no
+policy. How a capture is made: queues.py. Glossary of symbols: model.py.
+"""
+import warnings
+from functools import partial
+
+import torch
+from tqdm import tqdm
+
+from kvcache import SubBatch
+
+MAX_CAPTURED = 512      # decode rows of a captured sub-batch, of each tier. Beyond that, launches
+#                         cost little beside the work.
+RESERVED = 2            # sub-batches whose static memory is made at the start
+
+
+class Captures:
+    """The captured sizes of a model's decodes, and the static memory of each sub-batch index, of
+    which a sub-batch uses the first rows. Two kinds of captures:
+
+        a whole pass    all layers, head and largest logit, of GPU rows that run alone: one launch
+        stages          `linear` of each layer by the number of rows, `attend` by that of GPU rows:
+                        CPU attention comes between them
+
+    model   gives linear(b, act, layer), attend(b, act, kv, layer), head, activations(N), device
+    width   blocks of the widest block table
+    budget  bytes that captures may take; when they are spent, other sizes are launched kernel by
+            kernel
+    """
+
+    def __init__(self, model, width, budget):
+        self.model, self.width, self.budget = model, width, budget
+        self.static = {}        # index -> (fields of a SubBatch, Activations)
+        self.passes = {}        # rows -> (replay, {"logits", "best"}), or None: not captured
+        self.stages = {}        # (stage, index, rows) -> replays of the layers, or None
+        self.spent = self.last_cost = 0     # bytes
+        self.captured_now = False           # did the last run stop to capture something?
+        for index in range(RESERVED):
+            self._reserve(index)
+
+    def _reserve(self, index):
+        rows = 2 * MAX_CAPTURED
+        shapes = {"tokens": (rows,), "positions": (rows,), "host_slots": (rows,),
+                  "sampled_rows": (rows,), "gpu_slots": (rows,), "gpu_lens": (rows,),
+                  "gpu_table": (rows, self.width)}
+        inputs = {name: torch.zeros(shape, dtype=torch.int32, device=self.model.device)
+                  for name, shape in shapes.items()}
+        inputs["host_slots"].fill_(-1)
+        act = self.model.activations(rows)
+        for t in (act.x, act.qkv, act.o):
+            t.zero_()
+        self.static[index] = inputs, act
+
+    @staticmethod
+    def padded_rows(num_gpu, num_cpu):
+        """Decode rows -> (GPU rows, CPU rows) to pad them to, so that few captures serve all sizes.
+
+        GPU rows, and all rows together, are up to 8, or one of four steps to a power of two.
+        """
+        if max(num_gpu, num_cpu) > MAX_CAPTURED:
+            return num_gpu, num_cpu
+
+        def up(n):
+            step = max(1, 2 ** (n - 1).bit_length() // 8)
+            return -(-n // step) * step if n else 0
+        num_gpu = up(num_gpu)
+        return num_gpu, up(num_gpu + num_cpu) - num_gpu if num_cpu else 0
+
+    def capture_passes(self, kv, most):
+        """Capture whole passes of all sizes that GPU rows are padded to, up to `most` rows, while
+        the budget lasts. The largest comes first: its temporaries serve all others."""
+        sizes = sorted({self.padded_rows(n, 0)[0] for n in range(1, min(most, MAX_CAPTURED) + 1)})
+        for n in tqdm(sizes[-1:] + sizes[:-1], "CUDA graphs", disable=None, leave=False):
+            self._capture_pass(n, kv)
+
+    def whole_pass(self, b, kv):
+        """-> (replay, {"logits", "best"} that it writes, a row per row of b) for a sub-batch that
+        runs alone, after copying it to its static memory; None if it has other rows than GPU
+        decodes, or was not captured."""
+        N = len(b.tokens)
+        if b.num_prefill or b.num_host_rows or N != b.num_gpu_rows or kv.is_swapping:
+            return None
+        if N not in self.passes and N <= MAX_CAPTURED:
+            self._capture_pass(N, kv)
+        if self.passes.get(N):
+            self._fill(b)
+        return self.passes.get(N)
+
+    def stages_of(self, b, kv):
+        """-> (Activations, linear(layer), attend(layer)), after copying a sub-batch to its static
+        memory; None if it has prompts, is too large, or was not captured."""
+        N, num_gpu, index = len(b.tokens), b.num_gpu_rows, b.index
+        if b.num_prefill or max(num_gpu, N - num_gpu) > MAX_CAPTURED:
+            return None
+        if index not in self.static:
+            self._reserve(index)
+        replays = {}
+        for stage, rows in (("linear", N), ("attend", num_gpu)):
+            key = stage, index, rows
+            if rows and key not in self.stages:
+                call = getattr(self, f"_{stage}_calls")
+                self.stages[key] = self._capture(call(index, rows, kv), f"{stage} of {rows} rows")
+            replays[stage] = self.stages.get(key)
+        if not replays["linear"] or (num_gpu and not replays["attend"]):
+            return None
+        act = self._fill(b)
+
+        def attend(layer):
+            if num_gpu:                 # without GPU rows there is no attention to launch
+                replays["attend"][layer]()
+        return act, lambda layer: replays["linear"][layer](), attend
+
+    def _fill(self, b):
+        """Copy a sub-batch to its static memory -> its Activations."""
+        inputs, act = self.static[b.index]
+        for name in ("tokens", "positions", "host_slots", "gpu_slots", "gpu_lens"):
+            new = getattr(b, name)
+            inputs[name][:len(new)].copy_(new)
+        inputs["gpu_table"][:b.num_gpu_rows, :b.gpu_table.shape[1]].copy_(b.gpu_table)
+        return act.first(len(b.tokens))
+
+    def _dummy(self, index, N, num_gpu):
+        """A SubBatch in static memory whose rows are padding: slot -1 and length 0 make kernels
+        write nothing. It says that it has CPU rows, or else has only GPU rows."""
+        inputs, act = self.static[index]
+        inputs["gpu_slots"].fill_(-1)
+        inputs["host_slots"].fill_(-1)
+        inputs["gpu_lens"].zero_()
+        torch.arange(len(inputs["sampled_rows"]), out=inputs["sampled_rows"])
+        rows = {"tokens": N, "positions": N, "host_slots": N, "sampled_rows": N}
+        fields = {name: t[:rows.get(name, num_gpu)] for name, t in inputs.items()}
+        b = SubBatch(index=index, prefill_lens=[], prefill_past=[], num_stored=0, num_prefill=0,
+                     num_gpu_rows=num_gpu, num_cpu=N - num_gpu, stored_slots=None, cpu_slots=None,
+                     cpu_table=None, cpu_lens=None, **fields)
+        return b, act.first(N)
+
+    def _linear_calls(self, index, N, kv):
+        b, act = self._dummy(index, N, 0)
+        return [partial(self.model.linear, b, act, i) for i in range(len(self.model.layers))]
+
+    def _attend_calls(self, index, num_gpu, kv):
+        b, act = self._dummy(index, num_gpu, num_gpu)
+        return [partial(self.model.attend, b, act, kv, i) for i in range(len(self.model.layers))]
+
+    def _capture_pass(self, N, kv):
+        b, act = self._dummy(0, N, N)
+        model, result, L = self.model, {}, len(self.model.layers)
+
+        def run():
+            for i in range(L):
+                model.linear(b, act, i)
+                model.attend(b, act, kv, i)
+            model.linear(b, act, L)
+            result["logits"], result["best"] = model.head([act])
+        replays = self._capture([run], f"the pass of {N} rows")
+        self.passes[N] = (replays[0], result) if replays else None
+
+    def _capture(self, calls, what):
+        """Replays of the calls, or None once the budget is spent or a capture has failed."""
+        if self.spent + self.last_cost > self.budget:
+            return None
+        self.captured_now = True
+        queue = self.model.queue
+        try:
+            free = queue.free_bytes()
+            replays = queue.capture(calls)
+            self.last_cost = free - queue.free_bytes()
+            self.spent += self.last_cost
+            return replays
+        except RuntimeError as error:       # torch.OutOfMemoryError, AcceleratorError: all of it
+            self.budget = 0                 # after a failed capture, no other one can be trusted
+            reason = str(error).strip().split("\n")[0]
+            warnings.warn(f"could not capture {what} ({reason}): sizes that are not captured yet "
+                          "are launched kernel by kernel", stacklevel=2)
+            return None
