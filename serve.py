@@ -96,15 +96,16 @@ class Routes:
             samples = body.params()
             ids, echo = await loop.run_in_executor(
                 self.tokenizing, self.token_ids, body, samples[0])
-            stream = self.engine.submit([p for p in ids for _ in samples], samples * len(ids),
-                                        bool(body.stream))
+            prompts = [p for p in ids for _ in samples]
+            stream = self.engine.submit(prompts, samples * len(ids), bool(body.stream))
         except ClientDisconnect:
             return PlainTextResponse("", 499)       # nobody reads it
         except Refused as refusal:
             return error_response(refusal.status, refusal, headers=refusal.headers)
         except ValueError as error:
             return error_response(400, error)
-        reply = Reply(body, self.name, self.llm.tokenizer, [t for t in echo for _ in samples])
+        reply = Reply(body, self.name, self.llm.tokenizer, prompts,
+                      [t for t in echo for _ in samples])
         if body.stream:
             return StreamingResponse(self.events(stream, reply), media_type="text/event-stream")
         leaving = asyncio.create_task(self.drop_if_client_leaves(stream, http))

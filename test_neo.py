@@ -773,6 +773,40 @@ def test_a_benchmark_of_a_name(text_models, monkeypatch, capsys):
     assert not status and "smollm2" in out
 
 
+CONVERSATIONS = (
+    ("What is the capital of France?", "Paris."), ("Name a colour.", "Red, of course."),
+    ("Write a haiku about rain.", "Rain on an old roof;\nthe garden drinks in silence.\nTea."),
+    ("naïve café, 東京?", "Three words: two are French and one is a city."))
+
+
+@pytest.mark.parametrize("model", [
+    "tokenizers", pytest.param("smollm2", marks=pytest.mark.real_weights)])
+def test_a_benchmark_of_conversations(model, text_models, tmp_path, capsys):
+    """ShareGPT's JSON: the model's tokenizer counts the first turns and the answers, and the
+    strategies that use the CPU tier agree with gpu-only on every token."""
+    if model == "smollm2" and not (hub.DEMO_FOLDER / "config.json").is_file():
+        pytest.skip("no demo model: python -m lab.demo_model makes it")
+    chats, result = tmp_path / "chats.json", tmp_path / "result.json"
+    alone = [{"from": "human", "value": "no answer"}]       # left out
+    chats.write_text(json.dumps([{"id": "0", "conversations": alone}] + [
+        {"id": str(i), "conversations": [{"from": "human", "value": ask},
+                                         {"from": "gpt", "value": answer}, *alone]}
+        for i, (ask, answer) in enumerate(CONVERSATIONS, 1)]))
+    path = text_models.get(model, model)
+    argv = ["--model", str(path), "--dataset-name", "sharegpt", "--dataset-path", str(chats),
+            "--device", "cpu", "--dtype", "fp32", "--num-prompts", str(len(CONVERSATIONS)),
+            "--strategies", "gpu-only,symmetric,neo", "--result-filename", str(result)]
+    status, out, err = run_main(bench.main, argv, capsys)
+    assert not status, err
+    count = load_tokenizer(str(hub.find_model(str(path)))).encode
+    for r in json.loads(result.read_text())["results"].values():
+        assert r["completed"] == len(CONVERSATIONS) and r["failed"] == 0
+        assert r["total_input_tokens"] == sum(len(count(ask)) for ask, _ in CONVERSATIONS)
+        assert r["total_output_tokens"] == sum(len(count(answer)) for _, answer in CONVERSATIONS)
+    assert f"sharegpt, 4 of 4 in {chats}" in out
+    assert out.count("agree on 4 of 4 requests") == 2
+
+
 def test_mistrals_own_files(tmp_path):
     """params.json with hidden_dim: another spelling of the Meta layout."""
     (tmp_path / "params.json").write_text(json.dumps(dict(

@@ -3,9 +3,11 @@ themselves.
 
 Refuses to know how a request is answered. Test: pytest server
 """
+import json
+
 from fastapi.responses import Response
 
-from server.protocol import Chat, Completion
+from server.protocol import IGNORED, Chat, Completion, neutral_values
 
 BODIES = {"/v1/completions": Completion, "/v1/chat/completions": Chat}
 FAILURES = {"/health": [503], "/metrics": [401], "/live": [401], "/v1/models": [401],
@@ -28,11 +30,22 @@ def describe(path):
     if body:
         answer["content"]["text/event-stream"] = {}
         schema = body.model_json_schema()
-        schema = inline(schema, schema.pop("$defs", {}))
+        schema = inline(schema, schema.pop("$defs", {})) | {"description": other_fields(body)}
         extra = {"requestBody": {"required": True,
                                  "content": {"application/json": {"schema": schema}}}}
     return {"openapi_extra": extra, "response_class": Response,
             "responses": {200: answer, **{status: error for status in FAILURES[path]}}}
+
+
+def other_fields(body):
+    """What the server does with fields that the schema does not list, in Markdown."""
+    neutral = [f"`{name}` ({' or '.join(map(json.dumps, [*values, None]))})"
+               for name, values in neutral_values(body).items()]
+    ignored = [f"`{name}`" for name in sorted(IGNORED)]
+    return ("Accepted with a value that changes nothing, otherwise refused: " + ", ".join(neutral)
+            + "; also `best_of` equal to `n`, and `tools` with `tool_choice` \"none\". Ignored: "
+            + ", ".join(ignored)
+            + ". Any other field is ignored, too, with one warning in the server's log.")
 
 
 def inline(schema, definitions):

@@ -1,12 +1,12 @@
 """OpenAI's JSON: the bodies that clients send, and the answers that they get.
 
 What the engine can do is checked strictly. What would change the answer's meaning and is not
-supported is refused by name, unless its value is neutral. Unknown fields are ignored, those at the
-top of a body with one warning per name. Refuses to know routes and how requests run.
-Test: pytest server
+supported is refused by name, unless its value is neutral. Unknown fields are ignored, with one
+warning per name. Refuses to know routes and how requests run. Test: pytest server
 """
 import contextlib
 import json
+import reprlib
 import sys
 import time
 import uuid
@@ -33,14 +33,16 @@ MAX_STOP_CHARS = 256    # characters of one stop string
 MAX_IDS = 1024          # of logit_bias and stop_token_ids
 MAX_WARNED = 1000       # names of unknown fields that are remembered
 
-# Fields that are not supported, and the values that change nothing. null always is one.
+# Fields that are not supported, and the values that change nothing. null always is one. A field
+# that one of the two bodies supports stands here for the other.
 NEUTRAL = {
+    "echo": (False,), "top_logprobs": (0,), "max_completion_tokens": (),
     "suffix": ("",), "best_of": (1,), "response_format": ({"type": "text"},),
     "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
     "function_call": ("none", "auto"), "modalities": (["text"],), "audio": (),
     "web_search_options": (), "min_p": (0,), "length_penalty": (1,), "use_beam_search": (False,),
     "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (),
-    "structured_outputs": (), "prompt_logprobs": (0,), "prompt_embeds": (),
+    "structured_outputs": (), "prompt_logprobs": (), "prompt_embeds": (),
     "truncate_prompt_tokens": (), "add_special_tokens": (True,), "skip_special_tokens": (True,),
     "include_stop_str_in_output": (False,), "allowed_token_ids": (), "bad_words": ([],),
     "logits_processors": ([],), "chat_template": (), "chat_template_kwargs": ({},),
@@ -49,7 +51,13 @@ NEUTRAL = {
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
            "reasoning_effort", "verbosity", "parallel_tool_calls", "priority", "prediction",
            "spaces_between_special_tokens", "detokenize", "request_id"}
+# The same for each message of a chat. A reply of the openai package brings most of them.
+NEUTRAL_IN_MESSAGE = {"function_call": (), "audio": ()}
+IGNORED_IN_MESSAGE = {"refusal", "annotations", "reasoning", "reasoning_content",
+                      "provider_specific_fields"}
 _warned = set()         # names of unknown fields
+_short = reprlib.Repr()     # looks at the first elements of a value alone, however large it is
+_short.maxlevel = 2
 
 
 class Strict(BaseModel):
@@ -58,10 +66,8 @@ class Strict(BaseModel):
 
 
 class StreamOptions(Strict):
-    include_usage: bool | None = False
-
-
-Number = int | float
+    include_usage: bool | None = False              # in a chunk of its own, at the end
+    continuous_usage_stats: bool | None = False     # in every chunk, of its choice so far
 
 
 class Common(Strict):
@@ -69,17 +75,17 @@ class Common(Strict):
     model: str | None = None            # None: the one that is served
     max_tokens: int | None = None
     min_tokens: int | None = None
-    temperature: Number | None = None
-    top_p: Number | None = None
+    temperature: float | None = None
+    top_p: float | None = None
     top_k: int | None = None            # -1 or 0: all
     seed: int | None = Field(None, ge=-2 ** 63, lt=2 ** 63)
     n: int | None = Field(1, ge=1, le=MAX_SAMPLES)
     stop: str | list | None = None      # params() checks the elements
     stop_token_ids: Annotated[list[int], Field(max_length=MAX_IDS)] | None = None
-    presence_penalty: Number | None = None
-    frequency_penalty: Number | None = None
-    repetition_penalty: Number | None = None
-    logit_bias: Annotated[dict[str, Number], Field(max_length=MAX_IDS)] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_IDS)] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -94,8 +100,8 @@ class Common(Strict):
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stops) > MAX_STOPS or not all(
                 isinstance(s, str) and len(s) <= MAX_STOP_CHARS for s in stops):
-            raise ValueError("stop: must be a string or a list of strings, at most "
-                             f"{MAX_STOPS} of {MAX_STOP_CHARS} characters")
+            raise ValueError(f"stop = {_short.repr(self.stop)}: must be a string or a list of "
+                             f"strings, at most {MAX_STOPS} of {MAX_STOP_CHARS} characters")
         names = {"max_tokens", "min_tokens", "temperature", "top_p", "top_k", "seed", "stop",
                  "stop_token_ids", "presence_penalty", "frequency_penalty", "repetition_penalty",
                  "ignore_eos"}
@@ -103,7 +109,8 @@ class Common(Strict):
         if given.get("top_k") == -1:
             given["top_k"] = 0
         if self.logit_bias and not all(key.isdecimal() for key in self.logit_bias):
-            raise ValueError("logit_bias: its keys must be token ids")
+            raise ValueError(f"logit_bias = {_short.repr(self.logit_bias)}: its keys must be token "
+                             "ids")
         biases = {int(key): bias for key, bias in (self.logit_bias or {}).items()}
         params = SamplingParams(**given, **self.wanted_logprobs, logit_bias=biases)
         if params.seed is None:
@@ -127,13 +134,13 @@ class Completion(Common):
         would take too long.
         """
         if self.echo and self.logprobs is not None:
-            raise ValueError("echo with logprobs is not supported: the engine has no "
-                             "log-probabilities of prompts")
+            raise ValueError(f"echo = True with logprobs = {self.logprobs} is not supported: the "
+                             "engine has no log-probabilities of prompts; leave one of them out")
         is_one = isinstance(self.prompt, str) or (self.prompt and is_token_ids(self.prompt))
         prompts = [self.prompt] if is_one else self.prompt
         if not prompts or not all(isinstance(p, str) or is_token_ids(p) for p in prompts):
-            raise ValueError("prompt: must be a string, a list of token ids, or a list of "
-                             "either; and not empty")
+            raise ValueError(f"prompt = {_short.repr(self.prompt)}: must be a string, a list of "
+                             "token ids, or a list of either; and not empty")
         return prompts
 
 
@@ -149,9 +156,10 @@ class Message(Strict):
         """A dict without nulls; the content as one str. Raises ValueError on parts that are not
         text."""
         parts = self.content if isinstance(self.content, list) else []
-        if not all(map(is_text_part, parts)):
-            raise ValueError("messages: content must be a string or a list of "
-                             '{"type": "text", "text": ...}')
+        for part in parts:
+            if not is_text_part(part):
+                raise ValueError(f"messages: content part {_short.repr(part)} is not supported: "
+                                 'send {"type": "text", "text": ...}')
         text = "".join(part["text"] for part in parts) if parts else self.content or ""
         message = self.model_dump(exclude_none=True, exclude={"tool_calls"}) | {"content": text}
         if self.tool_calls:                 # templates ask whether the key is there
@@ -168,7 +176,7 @@ class Chat(Common):
     @property
     def wanted_logprobs(self):
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs: needs logprobs = true")
+            raise ValueError(f"top_logprobs = {self.top_logprobs}: needs logprobs = true")
         return {"logprobs": bool(self.logprobs), "top_logprobs": self.top_logprobs or 0}
 
     def prompts(self, template):
@@ -214,26 +222,77 @@ def parse_body(raw, kind):
     if not isinstance(data, dict):
         raise ValueError("body: must be a JSON object")
     for name, found, most in (("body", data, MAX_FIELDS),
-                              ("messages", data.get("messages"), MAX_MESSAGES)):
+                              ("messages", data.get("messages"), MAX_MESSAGES),
+                              ("logit_bias", data.get("logit_bias"), MAX_IDS)):
         if isinstance(found, list | dict) and len(found) > most:
             raise ValueError(f"{name}: {len(found)} entries, at most {most} are allowed")
-    for name, neutral in NEUTRAL.items():
-        value = data.get(name)
-        all_samples = name == "best_of" and value == data.get("n")
-        if not (value is None or value in neutral or all_samples):
-            raise ValueError(f"{name} = {value!r:.60} is not supported: leave it out")
-    unknown = data.keys() - kind.model_fields.keys() - NEUTRAL.keys() - IGNORED
-    unknown = {name[:60] for name in unknown} - _warned
-    for name in sorted(unknown) if len(_warned) < MAX_WARNED else ():
-        _warned.add(name)
-        with contextlib.suppress(OSError):      # a log that cannot be written hurts no client
-            print(f"warning: field {name!r} of a request is unknown, and ignored", file=sys.stderr)
+    check_fields(data, kind)
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join(map(str, first["loc"])) or "body"
-        raise ValueError(f"{field}: {first['msg']}") from None
+        raise ValueError(what_is_wrong(error)) from None
+
+
+def check_fields(data, kind):
+    """Raise ValueError on a field that is not supported, unless its value is neutral. Warn of
+    unknown names."""
+    neutral = neutral_values(kind)
+    if data.get("tool_choice") == "none":
+        del neutral["tools"]                    # the model must not call any
+    if data.get("function_call") == "none":
+        del neutral["functions"]
+    neutral["best_of"] += (data.get("n"),)      # all of the n answers are returned
+    refuse_unless_neutral(data, neutral)
+    warn_of_unknown("", data, kind.model_fields.keys() | NEUTRAL.keys() | IGNORED)
+    options, messages = data.get("stream_options"), data.get("messages")
+    if isinstance(options, dict):
+        warn_of_unknown("stream_options.", options, StreamOptions.model_fields)
+    known = Message.model_fields.keys() | NEUTRAL_IN_MESSAGE.keys() | IGNORED_IN_MESSAGE
+    for i, message in enumerate(messages if isinstance(messages, list) else ()):
+        if isinstance(message, dict):
+            refuse_unless_neutral(message, NEUTRAL_IN_MESSAGE, f"messages.{i}.")
+            warn_of_unknown("messages.", message, known)
+
+
+def neutral_values(kind):
+    """{field: values that change nothing} of what a body of this kind does not support."""
+    neutral = {name: values for name, values in NEUTRAL.items() if name not in kind.model_fields}
+    if kind is Chat:                            # its template decides
+        neutral["add_special_tokens"] = (True, False)
+    return neutral
+
+
+def refuse_unless_neutral(data, neutral, path=""):
+    for name, values in neutral.items():
+        value = data.get(name)
+        if not (value is None or value in values):
+            instead = f", or send {json.dumps(values[0])}" if values else ""
+            raise ValueError(f"{path}{name} = {_short.repr(value)} is not supported: leave it out"
+                             + instead)
+
+
+def warn_of_unknown(path, data, known):
+    """Warn of each unknown name once, and of MAX_WARNED at most: clients choose the names."""
+    for name in data:
+        if name not in known and len(_warned) < MAX_WARNED:
+            name = f"{path}{name:.60}"
+            if name not in _warned:
+                _warned.add(name)
+                with contextlib.suppress(OSError):      # a full disk hurts no client
+                    print(f"warning: field {name!r} of a request is unknown, and ignored",
+                          file=sys.stderr)
+
+
+def what_is_wrong(error):
+    """The first field that a ValidationError is about, its value, and what it must be."""
+    first = error.errors(include_url=False)[0]
+    path, must = first["loc"], first["msg"]
+    if path[-1:] in (("str",), ("list[any]",)):     # pydantic tries all that a field may be
+        path, must = path[:-1], "Input should be a string or a list"
+    field = ".".join(map(str, path)) or "body"
+    if first["type"] != "missing":
+        field += f" = {_short.repr(first['input'])}"
+    return f"{field}: {must}"
 
 
 def count_structure(raw):
@@ -249,12 +308,16 @@ class Reply:
     """The JSON that answers one body.
 
     tokenizer  names the tokens beside their log-probabilities; None: their ids are the names
+    prompts    token ids of the prompt of each output
     echo       texts that stand before the outputs, one for each; or none at all
     """
 
-    def __init__(self, body, model, tokenizer, echo=()):
+    def __init__(self, body, model, tokenizer, prompts, echo=()):
         self.body, self.tokenizer, self.is_chat = body, tokenizer, isinstance(body, Chat)
-        self.wants_usage = body.stream_options and body.stream_options.include_usage
+        options = body.stream_options or StreamOptions()
+        self.wants_usage, self.wants_usage_so_far = (
+            options.include_usage, options.continuous_usage_stats)
+        self.prompt_lens, self.num_sent = [len(p) for p in prompts], [0] * len(prompts)
         self.begun = set()              # indices of the outputs whose chat has named its role
         self.echo = dict(enumerate(echo))     # what has not been sent of it
         prefix, kind = "cmpl", "text_completion"
@@ -276,17 +339,19 @@ class Reply:
         return "".join(json.JSONEncoder().iterencode(answer))
 
     def chunk(self, delta):
-        return self.header | {"choices": [self.choice(delta.index, delta)]}
+        chunk = self.header | {"choices": [self.choice(delta.index, delta)]}
+        if self.wants_usage_so_far:
+            self.num_sent[delta.index] += len(delta.token_ids)
+            chunk["usage"] = usage_json(self.prompt_lens[delta.index], self.num_sent[delta.index])
+        return chunk
 
     def usage_chunk(self, outs):
         return self.header | {"choices": [], "usage": self.usage(outs)}
 
     def usage(self, outs):
         """A prompt counts once, whatever the number of its answers."""
-        num_prompt = sum(len(out.prompt_token_ids) for out in outs[::self.body.num_samples])
-        num_output = sum(len(out.token_ids) for out in outs)
-        return {"prompt_tokens": num_prompt, "completion_tokens": num_output,
-                "total_tokens": num_prompt + num_output}
+        return usage_json(sum(self.prompt_lens[::self.body.num_samples]),
+                          sum(len(out.token_ids) for out in outs))
 
     def choice(self, index, part):
         """part: a RequestOutput, or a Delta of it, whose fields have the same names."""
@@ -320,6 +385,11 @@ class Reply:
 
     def name(self, token):
         return token_name(self.tokenizer, token) if self.tokenizer else str(token)
+
+
+def usage_json(num_prompt, num_output):
+    return {"prompt_tokens": num_prompt, "completion_tokens": num_output,
+            "total_tokens": num_prompt + num_output}
 
 
 def error_json(status, message, code=None):

@@ -1,5 +1,5 @@
-"""Clients that people use, driven against the server: LangChain, LiteLLM, the `llm` tool; and
-schemathesis, which holds the server to its own OpenAPI document.
+"""Clients that people use, driven against the server: openai, LangChain, LiteLLM, the `llm` tool;
+and schemathesis, which holds the server to its own OpenAPI document.
 
     pip install -r server/requirements-clients.txt
     pytest server/test_clients.py       what is not installed is skipped
@@ -28,6 +28,25 @@ from server.test_server import (  # noqa: E402
 
 HISTORY = [("system", "be brief"), ("human", "what is a block"), ("ai", "a page"),
            ("human", "and a table")]
+
+
+@pytest.mark.parametrize("as_dict", [True, False])
+def test_openai_goes_on_with_its_own_replies(text_server, as_dict):  # noqa: F811
+    """messages.append(reply.model_dump()), whose fields are mostly null, or the reply itself. The
+    next prompt contains what was answered."""
+    ask = dict(model=text_server.llm.name, max_tokens=6, temperature=0,
+               extra_body={"ignore_eos": True})
+    messages, prompt = [], ""
+    for question in ("what is a block", "and a table", "go on"):
+        messages.append({"role": "user", "content": question})
+        prompt += f"<user>{question}"
+        reply = text_server.openai.chat.completions.create(messages=messages, **ask)
+        message = reply.choices[0].message
+        again = text_server.openai.completions.create(prompt=prompt + "<assistant>", **ask)
+        assert message.content == again.choices[0].text and reply.usage.completion_tokens == 6
+        messages.append(message.model_dump() if as_dict else message)
+        assert not as_dict or messages[-1]["refusal"] is messages[-1]["tool_calls"] is None
+        prompt += f"<assistant>{message.content}"
 
 
 def test_langchain(text_server):  # noqa: F811

@@ -132,7 +132,7 @@ def server():
 
 TEMPLATE = (
     "{% for m in messages %}"
-    "{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "{% if m.role == 'critic' %}{{ raise_exception('no critics here') }}{% endif %}"
     "<{{ m.role }}>{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}")
 
@@ -190,8 +190,8 @@ def test_chat_uses_the_template(text_server):
     assert "".join(c.choices[0].delta.content for c in chunks) == want.text
     assert [c.choices[0].delta.role for c in chunks] == ["assistant"] + [None] * 7
     assert all(t.token in want.text or "\ufffd" in t.token for t in choice.logprobs.content)
-    with pytest.raises(openai.BadRequestError, match="no tools here"):
-        chat.create(**ask | {"messages": [{"role": "tool", "content": "x"}]})
+    with pytest.raises(openai.BadRequestError, match="no critics here"):
+        chat.create(**ask | {"messages": [{"role": "critic", "content": "x"}]})
 
 
 def test_stop_strings_never_reach_the_client(text_server):
@@ -599,16 +599,14 @@ def test_sigterm_in_mid_stream(leaving_servers, grace, ended):
     ({"prompt": [1], "logprobs": 21}, "logprobs"),
     ({"prompt": [1], "stream_options": {"include_usage": 1}}, "stream_options"),
     ({"prompt": [1], "temperature": -1}, "temperature"),
-    ({"prompt": [1], "n": 17}, "n:.*16"),
-    ({"prompt": [1], "n": 0}, "n:"),
-    ({"prompt": [1], "max_tokens": "7"}, "max_tokens"),
-    ({"prompt": [1], "response_format": {"type": "json_object"}}, "response_format"),
-    ({"prompt": [1], "tools": [{"type": "function"}]}, "tools"),
-    ({"prompt": [1], "guided_json": {}}, "guided_json"),
-    ({"prompt": [1], "min_p": 0.1}, "min_p"),
-    ({"prompt": [1], "best_of": 2}, "best_of"),
+    ({"prompt": [1], "n": 17}, "n = 17: .*16"),
+    ({"prompt": [1], "n": 0}, "n = 0: .*1"),
+    ({"prompt": [1], "max_tokens": "7"}, "max_tokens = '7': .*integer"),
+    ({"prompt": 5}, "prompt = 5: .*string or a list"),
+    ({"prompt": [1], "stop": [5]}, r"stop = \[5\]: .*strings"),
     ({"prompt": [1], "presence_penalty": 3}, "presence_penalty"),
-    ({"prompt": [1], "logit_bias": {"x": 1}}, "logit_bias"),
+    ({"prompt": [1], "logit_bias": {"x": 1}}, "logit_bias = {'x': 1.0}: .*token ids"),
+    ({"prompt": [1], "logit_bias": dict.fromkeys(map(str, range(1025)), 1)}, "logit_bias: 1025"),
     ({"prompt": [1], "logit_bias": {"512": 1}}, "logit_bias.*512"),
     ({"prompt": [1], "logit_bias": {"5": 101}}, "logit_bias"),
     ({"prompt": [1], "stop_token_ids": [512]}, "stop_token_ids.*512"),
@@ -623,35 +621,6 @@ def test_bad_requests_get_400_in_openais_shape(server, body, message):
     error = r.json()["error"]
     assert r.status_code == 400 and error["type"] == "invalid_request_error"
     assert re.search(message, error["message"]), r.text
-
-
-# What clients send by default, or with values that change nothing.
-NEUTRAL = [{name: value} for name, value in dict(
-    response_format={"type": "text"}, tools=[], tool_choice="none", parallel_tool_calls=True,
-    store=False, service_tier="auto", reasoning_effort="low", verbosity="low", top_k=-1, min_p=0,
-    safety_identifier="x", prompt_cache_key="x", min_tokens=0, stop_token_ids=[], best_of=1,
-    skip_special_tokens=True, add_special_tokens=True, priority=0, truncate_prompt_tokens=None,
-    logit_bias={}, logprobs=None, suffix=None, echo=False, n=None, presence_penalty=None,
-    frequency_penalty=0, repetition_penalty=1.0, stream=None, metadata={"a": "b"}, user="u",
-    stream_options={"continuous_usage_stats": True}, temperature=None, frobnicate=1).items()]
-
-
-@pytest.mark.parametrize("field", NEUTRAL, ids=lambda field: next(iter(field)))
-def test_neutral_and_unknown_fields_are_accepted(server, field):
-    r = server.post({"prompt": [1], "max_tokens": 2, "ignore_eos": True} | field)
-    assert r.status_code == 200 and len(r.json()["choices"][0]["token_ids"]) == 2, r.text
-
-
-def test_an_unknown_field_is_warned_about_once(server, capfd):
-    for _ in range(3):
-        server.post({"prompt": [1], "max_tokens": 1, "never_heard_of": 1})
-    assert capfd.readouterr().err.count("never_heard_of") == 1
-
-
-def test_a_model_that_is_not_served_is_404_and_none_is_the_one(server):
-    r = server.post({"prompt": [1], "model": "gpt"})
-    assert r.status_code == 404 and "unknown model 'gpt'" in r.json()["error"]["message"]
-    assert server.post(b'{"prompt": [1], "max_tokens": 1}').status_code == 200
 
 
 def test_several_answers_to_one_prompt(server):
@@ -707,18 +676,6 @@ def test_penalties_biases_and_ends(server):
     assert tokens(stop_token_ids=[stop]) == plain[:plain.index(stop) + 1]
     late = tokens(stop_token_ids=[stop], min_tokens=8)
     assert len(late) >= 8 and stop not in late[:8]
-
-
-def test_messages_as_the_openai_package_dumps_them(text_server):
-    """A conversation that goes on with its own replies, and with a tool's."""
-    chat, messages = text_server.openai.chat.completions, [{"role": "user", "content": "hi"}]
-    ask = dict(model=text_server.llm.name, max_tokens=3, extra_body={"ignore_eos": True})
-    messages.append(chat.create(messages=messages, **ask).choices[0].message.model_dump())
-    assert "refusal" in messages[1]
-    messages += [{"role": "user", "content": [
-        {"type": "text", "text": "again", "cache_control": {"type": "ephemeral"}}]},
-        {"role": "assistant", "reasoning_content": "hm", "content": None}]
-    assert chat.create(messages=messages, **ask).choices[0].finish_reason == "length"
 
 
 @pytest.mark.parametrize("given, wanted", [('{"x": 1}', {"x": 1}), ("{x", "{x"), (None, None)])
