@@ -2016,7 +2016,7 @@ LAYERS = (  # imports go from a layer to a layer below it, never up and never si
     {"serve"},
     {"bench", "server"},
     {"neo", "report", "timeline"},
-    {"measure", "workload"},
+    {"measure", "workload", "advice"},
     {"model", "strategies", "startup", "bounds"},
     {"kvcache", "scheduler", "options", "aim", "hub", "chat"},
     {"queues", "gpu_attn", "plan", "checkpoint"},
