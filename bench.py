@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import report
 import timeline
+from advice import advise
 from bounds import fluid_limit, pipelining_bound
 from checkpoint import load_config
 from hub import find_model
@@ -316,7 +317,8 @@ def describe_run(llm, work, args):
             f"workload   {len(work.prompts)} requests: {work.source}; "
             f"in {spread([len(p) for p in work.prompts])}, out {spread(work.output_lens)}; "
             f"{work.pace}; {work.clipped} clipped to the limit of "
-            f"{llm.budget.max_model_len} tokens")
+            f"{llm.budget.max_model_len} tokens\n"
+            f"{advise(llm, work.lengths).describe()}")
 
 
 def where(llm):

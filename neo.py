@@ -149,10 +149,10 @@ class LLM:
         budget, geometry = self.budget, (cfg.n_layer, cfg.n_kv_head, cfg.head_dim)
         self.kv = KVCache(geometry, budget.block_size, budget.num_blocks, budget.max_model_len,
                           budget.kv_dtypes, budget.row_dtype, self.device, empty=True)
-        self.model = SimulatedModel(self._new_perf())
+        self.model = SimulatedModel(self.new_perf())
         self.clock, self.wait = self.model.clock, self.model.wait
 
-    def _new_perf(self):
+    def new_perf(self):
         """A performance model before anything was observed."""
         if self.testbed:
             return Roofline(self.testbed, self.cfg, self.dtype.itemsize, self.budget.token_bytes)
@@ -166,7 +166,7 @@ class LLM:
             raise RuntimeError(f"{len(self.outputs)} requests are in flight: finish or abort them")
         budget, cls = self.budget, find_strategy(strategy)
         budget.check_tiers(strategy, cls.tiers)
-        self.perf = self._new_perf()
+        self.perf = self.new_perf()
         self.scheduler = Scheduler(cls(), budget.num_blocks, budget.block_size,
                                    budget.max_model_len, budget.max_batch_tokens, self.perf,
                                    self.ttft_queue, self.max_num_seqs)

@@ -2071,7 +2071,7 @@ LAYERS = (  # imports go from a layer to a layer below it, never up and never si
     {"serve"},
     {"bench", "server"},
     {"neo", "report", "timeline"},
-    {"measure", "workload"},
+    {"measure", "workload", "advice"},
     {"model", "strategies", "startup", "bounds"},
     {"captures", "scheduler", "options", "aim", "hub", "chat"},
     {"kvcache", "plan", "checkpoint"},

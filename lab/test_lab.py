@@ -10,11 +10,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import cpu_attn
 import workload
+from advice import PAYS, Forecast, advise
+from checkpoint import load_config
+from lab import (
+    advise as advise_command,
+)
 from lab import (
     cpu_limits,
     exactness,
@@ -25,6 +31,8 @@ from lab import (
     simulator_check,
 )
 from neo import LLM, SamplingParams
+from perfmodel import Roofline, find_testbed
+from scheduler import MAX_RUNNING
 
 ROOT = Path(__file__).resolve().parent.parent
 # One real engine for all tests here, so that its profile is measured once
@@ -243,3 +251,69 @@ def test_quality_of_an_int8_tier(monkeypatch, capsys):
         kv_quality.main(["--model", "tiny", "--sequences", "1", "--length", "40"])
     with pytest.raises(SystemExit, match="--length 2 or more"):
         kv_quality.main(["--model", "tiny", "--length", "1"])
+
+
+# ----------------------------------------------------------------------- will offloading pay
+
+def test_the_advice_against_the_simulated_grid():
+    """Forecasts of all 256 points of results/figure-grid.json. Where neo is within 2 % of gpu-only
+    no advice is wrong; `strict` counts those points, too."""
+    simulated = json.loads((ROOT / "results" / "figure-grid.json").read_text())["results"]
+    right, strict, errors = [], [], []
+    for bed, name in figures.GRID_BEDS.items():
+        cfg = load_config(name)
+        perf = Roofline(find_testbed(bed), cfg)
+        for work in figures.GRID_WORK:
+            source, means = ("random", work) if isinstance(work, tuple) else (work, (None, None))
+            ins, outs, _ = workload.draw_requests(source, None, 500, *means,
+                                                  np.random.default_rng(0))
+            ins, outs, _ = workload.fit_requests(ins, outs, min(8000, cfg.max_position))
+            for share in figures.GRID_BUDGETS:
+                base, neo = (simulated[f"{bed}, {work}, {share}, {s}"] for s in ("gpu-only", "neo"))
+                tokens = {tier: neo[f"kv_budget_{tier}_tokens"] for tier in ("gpu", "cpu")}
+                gain = neo["output_throughput"] / base["output_throughput"]
+                predicted = Forecast(perf, list(zip(ins, outs)), tokens, 8192, MAX_RUNNING).gain
+                strict.append((predicted > PAYS) == (gain > PAYS))
+                right.append(strict[-1] or 0.98 <= gain <= PAYS)
+                errors.append(abs(predicted / gain - 1))
+    assert len(right) == 256
+    print(f"sign right {sum(right)}, strictly {sum(strict)}; gain within 15 % "
+          f"{sum(e < 0.15 for e in errors)}, within 5 % {sum(e < 0.05 for e in errors)}")
+    assert sum(right) >= 0.95 * 256 and sum(strict) >= 0.92 * 256
+    assert sum(e < 0.15 for e in errors) >= 0.95 * 256
+    assert sum(e < 0.05 for e in errors) >= 0.8 * 256
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["llama-7b", "t4", "500", "200"],
+     ["offloading pays here: 1.8", "with --cpu-kv int8 2.", "from 5 requests in flight on",
+      "gpu-only 0.3", "bound by GPU memory", "bound by CPU bandwidth", "holds 5.4 requests",
+      "224 GB/s on the GPU, 32", "6.9 : 1", "PCIe 1.00x"]),
+    (["llama-7b", "t4", "500", "200", "--cpu-kv", "int8"],
+     ["offloading pays here: 2.7", "without --cpu-kv int8 1.8", "not exact"]),
+    (["llama-13b", "a100", "1000", "200"],
+     ["offloading will not pay here: ", "with --cpu-kv int8 1.0", "bound by GPU compute"]),
+    (["llama-70b", "h200", "1000", "200", "--gpu-mem", "138", "--num-prompts", "120"],
+     ["offloading will not pay here: GPU memory binds", "the CPU can hide none",
+      "with --cpu-kv int8 1.2", "which would pay"]),
+    (["llama-70b", "h200", "1000", "200", "--gpu-mem", "138", "--num-prompts", "120",
+      "--cpu-kv", "int8"],
+     ["offloading pays here: 1.2", "without --cpu-kv int8 1.00x"])])
+def test_the_advice_in_words(argv, words, capsys):
+    model, bed, tokens_in, tokens_out, *more = argv
+    advise_command.main(["--model", model, "--testbed", bed, "--input-len", tokens_in,
+                         "--output-len", tokens_out, *more])
+    out = capsys.readouterr().out
+    assert [word for word in words if word not in out] == []
+
+
+def test_advice_where_there_is_little_to_compare():
+    """All requests fit; no CPU tier; a GPU tier without room for one; a measured profile."""
+    llm = LLM("llama-7b", simulate="t4", gpu_blocks=40, max_model_len=900)
+    assert "the GPU tier holds all 1 requests" in advise(llm, [(100, 20)]).describe()
+    assert "does not hold even one such request" in advise(llm, [(700, 50)]).describe()
+    alone = LLM("llama-7b", "gpu-only", simulate="t4", cpu_mem=0)
+    assert "there is no CPU tier" in advise(alone, [(100, 20)] * 9).describe()
+    found = advise(LLM("tiny", "neo", device="cpu", **SIZES), [(20, 9)] * 50)
+    assert found.guessed == "int8" and found.gain > 0 and found.gb_s["cpu"] > 0
+    assert "(guessed)" in found.describe()
