@@ -15,9 +15,13 @@ from tqdm import tqdm
 
 from kvcache import SubBatch
 
-MAX_CAPTURED = 512      # decode rows of a captured sub-batch, of each tier. Beyond that, launches
-#                         cost little beside the work.
 RESERVED = 2            # sub-batches whose static memory is made at the start
+
+
+def up(n):
+    """Rows -> rows to pad them to: any number up to 8, then four steps to a power of two."""
+    step = max(1, 2 ** (n - 1).bit_length() // 8)
+    return -(-n // step) * step if n else 0
 
 
 class Captures:
@@ -28,16 +32,19 @@ class Captures:
         stages          `linear` of each layer by the number of rows, `attend` by that of GPU rows:
                         CPU attention comes between them
 
-    model   gives linear(b, act, layer), attend(b, act, kv, layer), head, activations(N), device
-    width   blocks of the widest block table
-    budget  bytes that captures may take; when they are spent, other sizes are launched kernel by
-            kernel
+    model      gives linear(b, act, layer), attend(b, act, kv, layer), head, activations(N), device
+    width      blocks of the widest block table
+    most_rows  decodes of a tier in a sub-batch; larger ones are not captured
+    budget     bytes that captures may take; when they are spent, other sizes are launched kernel by
+               kernel. measure.py sets it
     """
 
-    def __init__(self, model, width, budget):
-        self.model, self.width, self.budget = model, width, budget
+    def __init__(self, model, width, most_rows):
+        self.model, self.width, self.most_rows = model, width, up(most_rows)
+        self.budget = float("inf")
         self.static = {}        # index -> (fields of a SubBatch, Activations)
-        self.passes = {}        # rows -> (replay, {"logits", "best"}), or None: not captured
+        self.logits, self.best = model.head_rows(self.most_rows)        # of whole passes
+        self.passes = {}        # rows -> (replay, logits, best), or None: not captured
         self.stages = {}        # (stage, index, rows) -> replays of the layers, or None
         self.spent = self.last_cost = 0     # bytes
         self.captured_now = False           # did the last run stop to capture something?
@@ -45,7 +52,7 @@ class Captures:
             self._reserve(index)
 
     def _reserve(self, index):
-        rows = 2 * MAX_CAPTURED
+        rows = 2 * self.most_rows
         shapes = {"tokens": (rows,), "positions": (rows,), "host_slots": (rows,),
                   "sampled_rows": (rows,), "gpu_slots": (rows,), "gpu_lens": (rows,),
                   "gpu_table": (rows, self.width)}
@@ -57,36 +64,28 @@ class Captures:
             t.zero_()
         self.static[index] = inputs, act
 
-    @staticmethod
-    def padded_rows(num_gpu, num_cpu):
-        """Decode rows -> (GPU rows, CPU rows) to pad them to, so that few captures serve all sizes.
-
-        GPU rows, and all rows together, are up to 8, or one of four steps to a power of two.
-        """
-        if max(num_gpu, num_cpu) > MAX_CAPTURED:
+    def padded_rows(self, num_gpu, num_cpu):
+        """Decode rows -> (GPU rows, CPU rows) to pad them to, so that few captures serve all
+        sizes: GPU rows and all rows together are numbers that `up` gives."""
+        if max(num_gpu, num_cpu) > self.most_rows:
             return num_gpu, num_cpu
-
-        def up(n):
-            step = max(1, 2 ** (n - 1).bit_length() // 8)
-            return -(-n // step) * step if n else 0
         num_gpu = up(num_gpu)
         return num_gpu, up(num_gpu + num_cpu) - num_gpu if num_cpu else 0
 
     def capture_passes(self, kv, most):
         """Capture whole passes of all sizes that GPU rows are padded to, up to `most` rows, while
         the budget lasts. The largest comes first: its temporaries serve all others."""
-        sizes = sorted({self.padded_rows(n, 0)[0] for n in range(1, min(most, MAX_CAPTURED) + 1)})
+        sizes = sorted({up(n) for n in range(1, min(most, self.most_rows) + 1)})
         for n in tqdm(sizes[-1:] + sizes[:-1], "CUDA graphs", disable=None, leave=False):
             self._capture_pass(n, kv)
 
     def whole_pass(self, b, kv):
-        """-> (replay, {"logits", "best"} that it writes, a row per row of b) for a sub-batch that
-        runs alone, after copying it to its static memory; None if it has other rows than GPU
-        decodes, or was not captured."""
+        """-> (replay, logits, best: where it writes) for a sub-batch that runs alone, after copying
+        it to its static memory; None if it has other rows than GPU decodes, or was not captured."""
         N = len(b.tokens)
         if b.num_prefill or b.num_host_rows or N != b.num_gpu_rows or kv.is_swapping:
             return None
-        if N not in self.passes and N <= MAX_CAPTURED:
+        if N not in self.passes and N <= self.most_rows:
             self._capture_pass(N, kv)
         if self.passes.get(N):
             self._fill(b)
@@ -96,7 +95,7 @@ class Captures:
         """-> (Activations, linear(layer), attend(layer)), after copying a sub-batch to its static
         memory; None if it has prompts, is too large, or was not captured."""
         N, num_gpu, index = len(b.tokens), b.num_gpu_rows, b.index
-        if b.num_prefill or max(num_gpu, N - num_gpu) > MAX_CAPTURED:
+        if b.num_prefill or max(num_gpu, N - num_gpu) > self.most_rows:
             return None
         if index not in self.static:
             self._reserve(index)
@@ -119,10 +118,13 @@ class Captures:
     def _fill(self, b):
         """Copy a sub-batch to its static memory -> its Activations."""
         inputs, act = self.static[b.index]
-        for name in ("tokens", "positions", "host_slots", "gpu_slots", "gpu_lens"):
-            new = getattr(b, name)
-            inputs[name][:len(new)].copy_(new)
-        inputs["gpu_table"][:b.num_gpu_rows, :b.gpu_table.shape[1]].copy_(b.gpu_table)
+
+        def copy():                     # on the stream: the last replay may still read this memory
+            for name in ("tokens", "positions", "host_slots", "gpu_slots", "gpu_lens"):
+                new = getattr(b, name)
+                inputs[name][:len(new)].copy_(new)
+            inputs["gpu_table"][:b.num_gpu_rows, :b.gpu_table.shape[1]].copy_(b.gpu_table)
+        self.model.queue.launch(copy)
         return act.first(len(b.tokens))
 
     def _dummy(self, index, N, num_gpu):
@@ -150,16 +152,16 @@ class Captures:
 
     def _capture_pass(self, N, kv):
         b, act = self._dummy(0, N, N)
-        model, result, L = self.model, {}, len(self.model.layers)
+        model, L, logits, best = self.model, len(self.model.layers), self.logits[:N], self.best[:N]
 
         def run():
             for i in range(L):
                 model.linear(b, act, i)
                 model.attend(b, act, kv, i)
             model.linear(b, act, L)
-            result["logits"], result["best"] = model.head([act])
+            model.head([act], logits, best)
         replays = self._capture([run], f"the pass of {N} rows")
-        self.passes[N] = (replays[0], result) if replays else None
+        self.passes[N] = (replays[0], logits, best) if replays else None
 
     def _capture(self, calls, what):
         """Replays of the calls, or None once the budget is spent or a capture has failed."""

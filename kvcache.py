@@ -416,7 +416,9 @@ class KVCache:
                                     late_to=place[pending])
         late_to, late_from = on_device.pop("late_to"), on_device.pop("late_from")
         if pending:
-            on_device["tokens"][late_to] = late[0][late_from].int()
+            def copy():                 # on the stream: the last iteration is still computing them
+                on_device["tokens"][late_to] = late[0][late_from].int()
+            self.launch(copy)
         return SubBatch(index=index, prefill_lens=prefill_lens,
                         prefill_past=[(r.num_cached, self._past_blocks(r)) for r in batch.prefill],
                         num_stored=num_stored, num_prefill=num_prefill, num_gpu_rows=gpu_rows,

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import cpu_attn
-from captures import MAX_CAPTURED, Captures
+from captures import Captures
 from checkpoint import PRESETS, read_tensors
 from gpu_attn import as_numpy
 from kv_format import NAMES
@@ -284,15 +284,23 @@ class Model:
             # The host has read these buffers: this was launched after CPU attention of layer i - 1.
             ops.pack(act.qkv, b.host_slots, host("q"), host("k"), host("v"))
 
-    def head(self, activations):
-        """Of the sampled rows of all sub-batches: logits [S, V] float32, and the tokens [S] of the
-        largest ones."""
-        x = torch.cat([act.last for act in activations])
-        logits = F.linear(self._norm(x, self.norm), self.lm_head).float()
+    def head(self, activations, logits, best):
+        """Of the sampled rows of all sub-batches: logits [S, V] float32, and best [S] int64, the
+        tokens of the largest ones."""
+        h = self._norm(torch.cat([act.last for act in activations]), self.norm)
+        if h.dtype == logits.dtype:
+            torch.mm(h, self.lm_head.t(), out=logits)
+        else:
+            logits.copy_(F.linear(h, self.lm_head))
         if logits.is_cuda:
-            return logits, logits.argmax(-1)
-        # NumPy's argmax is ten times faster than torch's on a CPU
-        return logits, torch.from_numpy(logits.numpy().argmax(-1))
+            torch.argmax(logits, -1, out=best)
+        else:               # NumPy's argmax is ten times faster than torch's on a CPU
+            best.copy_(torch.from_numpy(logits.numpy().argmax(-1)))
+
+    def head_rows(self, S):
+        """Room for what `head` writes for S rows: logits, best."""
+        return (torch.empty(S, len(self.lm_head), dtype=torch.float32, device=self.device),
+                torch.empty(S, dtype=torch.int64, device=self.device))
 
     def _norm(self, x, weight):
         return F.rms_norm(x, weight.shape, weight, self.cfg.norm_eps)
@@ -383,19 +391,16 @@ class Model:
             self.captures.captured_now = False
         queue.begin(timed)
         cpu_attn.set_threads(self.cpu_threads)
-        whole, result, activations = None, {}, {}
+        S, whole, activations = sum(len(b.sampled_rows) for b in sub_batches), None, {}
         if self.captures and not depth and len(sub_batches) == 1:
             whole = self.captures.whole_pass(sub_batches[0], kv)
+        logits, best = whole[1:] if whole else self.head_rows(S)
         depth = depth or L
         turns = deque(self.forward(b, kv, depth, activations) for b in sub_batches)
         done = object()
-
-        def head(layer):
-            result["logits"], result["best"] = self.head(activations.values())
         try:
             if whole:
-                replay, result = whole
-                queue.submit("pass", L, 0, lambda _: replay())
+                queue.submit("pass", L, 0, lambda layer: whole[0]())
                 turns.clear()
             while turns:
                 if next(turns[0], done) is done:
@@ -403,7 +408,8 @@ class Model:
                 else:
                     turns.rotate(-1)
             if not whole:
-                queue.submit("head", L, 0, head)
+                queue.submit("head", L, 0,
+                             lambda layer: self.head(activations.values(), logits, best))
             for b in sub_batches:
                 for i in (depth - 2, depth - 1):
                     kv.wait_stored(b, i)    # raises what went wrong; earlier layers were waited for
@@ -412,9 +418,8 @@ class Model:
                 queue.drain()
             finally:
                 self.move_spans = kv.settle()   # after the stages that wait for its copies
-        S = sum(len(b.sampled_rows) for b in sub_batches)       # behind them: padding
-        logits, best = result["logits"][:S], result["best"][:S]
-        return Result(logits, best, queue.bring(best))
+        best = best[:S]                         # behind them: padding
+        return Result(logits[:S], best, queue.bring(best))
 
     def settle(self, kv):
         """After a run that failed: wait until nothing of it works on."""
@@ -429,17 +434,17 @@ class Model:
 
     # ---- where a sub-batch is computed
 
-    def allow_captures(self, width, budget=float("inf")):
-        """Make the static memory of captured decodes, for block tables of `width` blocks, if this
-        back end and the options allow captures; these may take `budget` bytes."""
+    def allow_captures(self, width, most_rows):
+        """Make the static memory of captured decodes, for block tables of `width` blocks and up to
+        `most_rows` decodes of a tier, if this back end and the options allow captures."""
         if self.may_capture:
-            self.captures = Captures(self, width, budget)
+            self.captures = Captures(self, width, most_rows)
 
-    def capture_passes(self, kv, max_num_seqs):
-        """Capture whole passes for up to max_num_seqs decodes of the GPU tier, before anybody
-        waits for them."""
+    def capture_passes(self, kv):
+        """Capture whole passes for as many decodes as the GPU tier can hold, before anybody waits
+        for them."""
         if self.captures and on_cuda(self.device):
-            self.captures.capture_passes(kv, min(max_num_seqs, kv.tiers["gpu"].num_blocks))
+            self.captures.capture_passes(kv, kv.tiers["gpu"].num_blocks)
 
     @property
     def captured(self):
@@ -462,7 +467,7 @@ class Model:
         if b.index not in self.host:
             self.host[b.index] = HostBuffers(
                 *self.num_heads, self.cfg.head_dim, self.row_dtype, on_cuda(self.device),
-                MAX_CAPTURED if self.captures else 0)
+                self.captures.most_rows if self.captures else 0)
         self.host[b.index].fit(b.num_cpu, b.num_stored)
         placed = self.captures.stages_of(b, kv) if self.captures else None
         if placed:

@@ -112,7 +112,7 @@ class LLM:
             self.gpu_threads, self.cpu_threads, attn, cpu_path, options.eager, options.seed)
         torch.set_num_threads(self.gpu_threads or cores)    # this thread samples: the GPU idles
         self.load_seconds = time.perf_counter() - start
-        self.model.allow_captures(-(-budget.max_model_len // budget.block_size))
+        self.model.allow_captures(-(-budget.max_model_len // budget.block_size), self.max_num_seqs)
         if on_cuda(self.device):
             most = measure_gpu_blocks(self.model, budget, options.gpu_mem)
             if options.gpu_blocks and options.gpu_blocks > most:
@@ -127,7 +127,7 @@ class LLM:
         if on_cuda(self.device):
             self.timed_every, self.may_fly = TIMED_EVERY, True
         warm_up(self.model, self.kv)
-        self.model.capture_passes(self.kv, self.max_num_seqs)
+        self.model.capture_passes(self.kv)
         threads = [self.gpu_threads, self.cpu_threads]
         self.points = profile_points(self.model, self.kv, budget, threads)
 

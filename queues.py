@@ -4,6 +4,7 @@ One interface for both:
 
     begin(timed)                       a new run: forget the spans of the last one
     submit(stage, layer, index, fn)    fn(layer), in order, without waiting for it
+    launch(fn)                         fn(), before the first `submit` of a run
     mark()                             a handle on all that was submitted so far, for `wait`
     send(stage, layer, index, fn)      a copy to the host, after what was submitted -> a handle
     wait(handle)                       until this is done
@@ -81,6 +82,11 @@ class ThreadQueue:
             self.failed = True
             raise
         self.recorded.append(Span("gpu", stage, layer, index, start, time.perf_counter()))
+
+    @staticmethod
+    def launch(fn):
+        """At once: the worker is idle before a run."""
+        fn()
 
     def wait(self, job):
         job.result()

@@ -947,8 +947,8 @@ def test_padded_and_captured_decodes_give_the_same_tokens(strategy, monkeypatch)
                    gpu_blocks=8 if strategy == "neo" else 24, **kw)
     def fours(n):  # true sizes are exact up to 8, and more rows than that are slow here
         return -(-n // 4) * 4
-    monkeypatch.setattr(Captures, "padded_rows", staticmethod(
-        lambda num_gpu, num_cpu: (fours(num_gpu), fours(num_cpu))))
+    monkeypatch.setattr(Captures, "padded_rows",
+                        lambda self, num_gpu, num_cpu: (fours(num_gpu), fours(num_cpu)))
     eager = make(eager=True)
     want = [o.token_ids for o in eager.generate(prompts, params)]
     # the interpreter is slow: do not measure a profile with it
@@ -1009,7 +1009,9 @@ def test_padded_sizes():
     """Never fewer rows, of GPU rows alone few more, few sizes; no padding without captures."""
     model = LLM("tiny", device="cpu", dtype="fp32", max_model_len=64).model
     assert model.captures is None and model.padded_rows(5, 3) == (5, 3)
-    padded_rows = Captures.padded_rows
+    model.may_capture = True
+    model.allow_captures(4, 512)
+    padded_rows = model.padded_rows
     rows = [padded_rows(n, 0)[0] for n in range(513)]
     assert all(n <= r <= n * 1.25 for n, r in enumerate(rows)) and len(set(rows)) <= 34
     assert padded_rows(5, 3) == (5, 3) and padded_rows(0, 9) == (0, 10)
