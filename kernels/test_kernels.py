@@ -13,7 +13,7 @@ import os
 import re
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -77,48 +77,82 @@ def relative(got, want):
 CAPABILITIES = 75, 80, 90
 
 COMPILE = """
-import pathlib, subprocess, sys, tempfile
+import pathlib, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kernels import triton_kernels
+from kernels import triton_kernels as kernels
 
 tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-fn = triton_kernels._decode
+INTS = {"block_table", "seq_lens", "slots", "positions"}            # pointers to int32
+FLOATS = {"k_scales", "v_scales", "lse", "part", "part_lse", "scales", "cos", "sin"}
+ROWS = {"q", "k_cache", "v_cache", "o", "k", "v", "rows", "cache", "x", "y"}
+SHARED = {75: 64 << 10, 80: 164 << 10, 90: 228 << 10}               # bytes of a processor
 
-def compile(capability, dtype, D, G, int8=False):
-    DP, mma = max(16, triton.next_power_of_2(D)), capability >= 80
-    N = triton_kernels.step_tokens(G, DP, 4 if dtype == "fp32" else 2, mma)
-    const = dict(G=G, D=D, GP=1 if G == 1 else 16, DP=DP, N=N, LSE_UNIT=1.0, WIDE=False,
-                 INT8=int8)
-    kv = "*i8" if int8 else "*" + dtype
-    kinds = dict(q="*" + dtype, k_cache=kv, v_cache=kv, k_scales="*fp32", v_scales="*fp32",
-                 o="*fp32", lse="*fp32", block_table="*i32", seq_lens="*i32", scale="fp32")
-    names = fn.arg_names
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names)
-               if n not in const and n not in ("scale", "bs", "chunk", "H")}
-    kinds = {n: "constexpr" if n in const else kinds.get(n, "i32") for n in names}
-    made = triton.compile(ASTSource(fn, kinds, const, aligned),
-                          target=GPUTarget("cuda", capability, 32),
-                          options=dict(num_warps=4, num_stages=2))
+def compile(capability, fn, const, dtype, warps=4, **kinds):
+    '''-> (PTX, ttgir, programs that fit on a processor). Nothing may be spilled.'''
+    def kind(name):
+        if name in const:
+            return "constexpr"
+        if name in kinds:
+            return kinds[name]
+        if name in INTS | FLOATS | ROWS:
+            return "*i32" if name in INTS else "*fp32" if name in FLOATS else "*" + dtype
+        return "fp32" if name == "scale" else "i32"
+    signature = {name: kind(name) for name in fn.arg_names}
+    free = {fn.arg_names[p.num] for p in fn.params if p.do_not_specialize}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, (name, kind) in enumerate(signature.items())
+               if kind[0] in "*i" and name not in free | {"H", "heads", "bs", "chunks"}}
+    made = triton.compile(ASTSource(fn, signature, const, aligned),
+                          target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
     with tempfile.NamedTemporaryFile() as file:
         file.write(made.asm["cubin"])
         file.flush()
         used = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True,
                               text=True).stdout
-    ptx, case = made.asm["ptx"], (dtype, D, G, int8)
-    assert "STACK:0 " in used, (case, used)
-    assert made.metadata.shared <= 64 << 10 or dtype == "fp32", made.metadata.shared
-    assert ".v4." in ptx, case
-    assert ("mma" in ptx) == (mma and G > 1 and dtype != "fp32"), case
+    assert "STACK:0 " in used, (fn.__name__, const, used)
+    registers, shared = int(re.search("REG:([0-9]+)", used)[1]), made.metadata.shared
+    programs = min(65536 // (32 * warps * registers), SHARED[capability] // (shared + 1024))
+    print(capability, fn.__name__, dtype, const, kinds.get("k_cache", ""), registers, "registers,",
+          shared, "bytes shared,", programs, "programs on a processor")
+    return made.asm["ptx"], made.asm["ttgir"], programs
+
+def decode(capability, dtype, D, G, int8=False):
+    itemsize = 4 if dtype == "fp32" else 2
+    fn, GP, DP, N = kernels.kernel_of(G, D, itemsize, capability >= 80)
+    const = dict(G=G, GP=GP, D=D, DP=DP, BS=16, N=N, LSE_UNIT=1.0, INT8=int8, WIDE=False)
+    kv = {"k_cache": "*i8", "v_cache": "*i8"} if int8 else {}
+    ptx, ttgir, programs = compile(capability, fn, const, dtype, o="*fp32", **kv)
+    case = capability, dtype, D, G, int8
+    assert programs >= (3 if fn is kernels._decode else 2), case
+    assert ".v4." in ptx or ".v2.b64" in ptx, case                  # reads of 16 bytes
+    has_dot = capability >= 80 and dtype != "fp32"
+    assert ("mma.sync" in ptx) == ("tt.dot" in ttgir) == has_dot, case
+    # The next two steps of K and V are copied while this one is computed. sm_75 cannot do that:
+    # there other programs run while one waits.
+    buffers = re.findall(rf"local_alloc : .*memdesc<2x{N}x{DP}x", ttgir)
+    assert len(buffers) == (2 if capability >= 80 else 0), case
+    assert ("cp.async.cg" in ptx) == (capability >= 80), case       # of 16 bytes
 
 for capability in map(int, sys.argv[1:]):
-    for dtype in ("fp16", "bf16", "fp32"):
-        for D, G in ((64, 4), (80, 8), (128, 1), (128, 8), (256, 2)):
-            if capability >= 80 or dtype != "bf16":
-                compile(capability, dtype, D, G)
+    half = "fp16" if capability < 80 else "bf16"
+    for D, G in ((128, 1), (128, 8), (80, 7), (64, 4), (256, 2)):
+        decode(capability, half, D, G)
     for G in (1, 8):
-        compile(capability, "fp16", 128, G, int8=True)
+        decode(capability, "fp32", 128, G)
+        decode(capability, half, 128, G, int8=True)
+    N, C = kernels.kernel_of(8, 128, 2, capability >= 80)[3], kernels.MAX_CHUNKS
+    int8 = {"cache": "*i8", "warps": 1}
+    for dtype in (half, "fp32"):
+        for fn, const, options in (
+                (kernels._merge, dict(D=128, DP=128, N=N, C=C, LSE_UNIT=1.0), {}),
+                (kernels._merge, dict(D=256, DP=256, N=N, C=C, LSE_UNIT=0.0), {}),
+                (kernels._store, dict(D=128, WP=4096), {}),
+                (kernels._store_int8, dict(D=128, DP=128), int8),
+                (kernels._rotate, dict(HALF=64, HP=8, DP=64), {"warps": 2}),
+                (kernels._swiglu, dict(BLOCK=1024), {})):
+            ptx, _, programs = compile(capability, fn, const, dtype, **options)
+            assert programs >= 4 and re.search(r"[.]v[24][.]", ptx), (fn.__name__, const)
     print("compiled for", capability, flush=True)
 """
 
@@ -637,7 +671,7 @@ def test_triton_decode_splits_and_merges(H, Hkv, D, bs, dtype, tolerance):
     stays untouched, in the log-sum-exps too."""
     kernels = pytest.importorskip("kernels.triton_kernels")
     rng = np.random.default_rng([H, D])
-    lens = [1, bs, 127, 128, 129, 300]
+    lens = [1, bs, 128, 129, 300]
     q, k, v, table, seq_lens = paged_case(rng, len(lens) + 1, H, Hkv, D, bs, [*lens, 1], dtype)
     seq_lens[-1] = 0
     tk, tv = torch_cache(k, dtype, GPU), torch_cache(v, dtype, GPU)
@@ -646,10 +680,10 @@ def test_triton_decode_splits_and_merges(H, Hkv, D, bs, dtype, tolerance):
     want_lse = np.empty((len(lens), H))
     want = cpu_attn.paged_decode_reference(
         tq[:-1].float().cpu().numpy(), k, v, table[:-1], seq_lens[:-1], D ** -0.5, dtype, want_lse)
-    for chunk in (64, 1024):
+    for chunks in (1, 3):
         out = torch.full_like(tq, float("nan"))
         lse = None if dtype == "fp16" else torch.full(q.shape[:2], float("nan"), device=GPU)
-        kernels.paged_decode(tq, tk, tv, *ints, out, D ** -0.5, chunk, lse)
+        kernels.paged_decode(tq, tk, tv, *ints, out, D ** -0.5, chunks, lse)
         assert relative(out[:-1], want) < tolerance and out[-1].isnan().all()
         if lse is not None:
             assert np.abs(lse[:-1].cpu().numpy() - want_lse).max() < 1e-5
@@ -682,11 +716,140 @@ def test_triton_store_rope_and_swiglu_equal_torch():
     assert relative(kernels.swiglu(x), TorchOps.swiglu(x.clone()).cpu().numpy()) < 1e-6
 
 
+class Guards:
+    """Tensors between regions of poison, which a kernel must neither read nor write: NaN where it
+    reads, as that shows in its results, and 7 where it writes, as it might write NaN."""
+    SIZE = 256
+
+    def __init__(self):
+        self.wholes = []
+
+    def put(self, x, poison=float("nan")):
+        """A copy of x, poison on both sides."""
+        whole = torch.full((x.numel() + 2 * self.SIZE,), poison, dtype=x.dtype, device=GPU)
+        self.wholes.append((whole, whole.clone()))
+        return whole[self.SIZE:-self.SIZE].view(x.shape).copy_(x)
+
+    def empty(self, *shape, dtype, device):
+        """In place of torch.empty: what a kernel has not written is NaN."""
+        return self.put(torch.full(shape, float("nan"), dtype=dtype, device=device), 7)
+
+    def check(self):
+        for whole, before in self.wholes:
+            for side in (slice(self.SIZE), slice(-self.SIZE, None)):
+                assert torch.equal(whole[side].view(torch.uint8), before[side].view(torch.uint8))
+
+
+class Recorder:
+    """A kernel that keeps its launches, to replay them with the same arguments and grids, as a
+    CUDA graph does."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            self.launches.append(partial(self.kernel[grid], *args, **kwargs))
+            self.launches[-1]()
+        return launch
+
+
+@pytest.mark.parametrize("H, Hkv, dtype, kv, has_mma, tolerance", [
+    (5, 1, "fp16", "fp16", True, 1e-3), (5, 1, "fp16", "fp16", False, 1e-3),
+    (2, 2, "fp16", "int8", True, 1e-3), (5, 1, "fp16", "int8", False, 1e-3),
+    (2, 2, "fp32", "fp32", True, 2e-6)])
+def test_triton_decode_of_ragged_lengths(H, Hkv, dtype, kv, has_mma, tolerance, monkeypatch):
+    """One long sequence among short ones and padding, under a wide table; then the same launches
+    with other lengths. Poison around all tensors, in unused blocks and in unused table columns."""
+    kernels = pytest.importorskip("kernels.triton_kernels")
+    rng, guards, launches, D, bs = np.random.default_rng(H), Guards(), [], 40, 16
+    first, second = [600, 3, 0, 130], [1, 0, 257, 600]
+    q, k, v, table, _ = paged_case(rng, 4, H, Hkv, D, bs, np.maximum(first, second), kv)
+    bad_block = int(table[0, -1])                       # of NaN alone, as it is not used
+    wide = np.full((4, 4096 // bs), bad_block, np.int32)
+    wide[:, :table.shape[1]] = table
+    tk, tv = (guards.put(torch_cache(x, kv, GPU), -1 if kv == "int8" else float("nan"))
+              for x in (k, v))                          # four bytes of int8 -1: NaN, as a scale
+    tq = guards.put(torch.from_numpy(q).to(GPU, DTYPES[dtype]).repeat(1, 2, 1))
+    tq[:, H:] = float("nan")                            # k and v of the merged projection
+    out, lse = (guards.put(torch.full(shape, 7, dtype=dtype, device=GPU), 7)
+                for shape, dtype in ((q.shape, tq.dtype), (q.shape[:2], torch.float32)))
+    block_table = guards.put(torch.from_numpy(wide).to(GPU), bad_block)
+    seq_lens = guards.put(torch.tensor(first, dtype=torch.int32, device=GPU), 4096)
+
+    monkeypatch.setattr(kernels, "_gpu", lambda device: (4, has_mma))
+    monkeypatch.setattr(torch, "empty", guards.empty)
+    for name in ("_decode", "_decode_fma", "_merge"):
+        monkeypatch.setattr(kernels, name, Recorder(getattr(kernels, name), launches))
+    kernels.paged_decode(tq[:, :H], tk, tv, block_table, seq_lens, out, D ** -0.5, lse=lse)
+    assert len(launches) == 2                           # a part for each chunk, and their sum
+    for lens in (first, second):
+        if lens is second:
+            seq_lens.copy_(torch.tensor(lens))
+            out.fill_(7)
+            lse.fill_(7)
+            for launch in tuple(launches):
+                launch()
+        live, want_lse = np.flatnonzero(lens), np.empty((3, H))
+        want = cpu_attn.paged_decode_reference(
+            tq[live, :H].float().cpu().numpy(), k, v, table[live],
+            np.array(lens, np.int32)[live], D ** -0.5, kv, want_lse)
+        assert relative(out[live], want) < tolerance
+        assert np.abs(lse[live].cpu().numpy() - want_lse).max() < 1e-5
+        padding = lens.index(0)
+        assert (out[padding] == 7).all() and (lse[padding] == 7).all()
+        guards.check()
+
+
+def test_triton_split_follows_shapes():
+    """Few programs: four for each of 132 processors, however wide the table is. Many: one chunk,
+    unless it could be long."""
+    kernels = pytest.importorskip("kernels.triton_kernels")
+    assert kernels.split(8192, 8 * 8, 132) == kernels.split(2048, 8 * 8, 132) == 9
+    assert kernels.split(4096, 64 * 32, 132) == 1 and kernels.split(32768, 64 * 32, 132) == 4
+    assert kernels.split(200, 8, 132) == 2 and kernels.split(100000, 8, 132) == 32
+
+
+def test_triton_store_rope_and_swiglu_keep_within_their_tensors():
+    """Poison around all tensors, in the other columns of qkv, in the heads that are not rotated,
+    and in rows of padding."""
+    kernels = pytest.importorskip("kernels.triton_kernels")
+    guards, nan = Guards(), float("nan")
+    ints = partial(torch.tensor, dtype=torch.int32, device=GPU)
+    for dtype in (torch.float16, torch.int8):
+        qkv = guards.put(torch.randn(4, 5, 20).half().to(GPU))
+        qkv[:, 0], qkv[2] = nan, nan
+        blocks = torch.full((3, 2, 8, kv_format.row_width(20, dtype)), 1, dtype=dtype, device=GPU)
+        caches = [guards.put(blocks, nan if dtype.is_floating_point else -1) for _ in "kv"]
+        slots = ints([0, 23, -1, 9])
+        kernels.store(qkv[:, 1:3], qkv[:, 3:], *caches, guards.put(slots, 5))
+        live = slots >= 0
+        for tier, rows in zip(caches, (qkv[:, 1:3], qkv[:, 3:])):
+            want = blocks.clone()
+            kv_format.write_rows(rows[live], want, slots[live])
+            got, want = (kv_format.convert(x, torch.float32) for x in (tier, want))
+            assert relative(got, want.cpu().numpy()) < 1e-2
+
+    cos, sin = (guards.put(t.to(GPU)) for t in rope_table(PRESETS["tiny"], 30))
+    x = guards.put(torch.randn(3, 11, 16, device=GPU), 7)
+    x[:, 9:] = 7
+    want, positions = x.clone(), ints([0, 29, 5])
+    TorchOps.rotate_(want, cos, sin, positions, 9)
+    kernels.rotate_(x, cos, sin, guards.put(positions, 1000), 9)
+    assert relative(x[:, :9], want[:, :9].cpu().numpy()) < 1e-6 and (x[:, 9:] == 7).all()
+
+    x = guards.put(torch.randn(3, 2 * 1100, device=GPU))
+    got = guards.empty(3, 1100, dtype=x.dtype, device=GPU)
+    kernels._swiglu[(3, 2)](x, got, 1100, BLOCK=1024)
+    assert relative(got, TorchOps.swiglu(x.clone()).cpu().numpy()) < 1e-6
+    guards.check()
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_triton_decode_compiles_for_gpus_that_are_not_here(capability, compilation):
-    """To machine code: within the registers (nothing spilled) and the shared memory of a T4, an
-    A10G and an H100; with matrix instructions where a group has several heads, and reads of 16
-    bytes."""
+def test_triton_compiles_for_gpus_that_are_not_here(capability, compilation):
+    """Every kernel, to machine code: nothing spilled, reads of 16 bytes, several programs on a
+    processor. Decode has matrix instructions on an A100 and an H100, and copies its next steps
+    while it computes; on a T4 it has neither, and no product that is padded for them."""
     pytest.importorskip("triton")
     process, path = compilation
     process.wait(timeout=300)

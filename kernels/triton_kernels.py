@@ -11,7 +11,16 @@ one sequence, the G query heads of its group as rows of a matrix product, and on
     _decode      softmax(q K) V of each chunk, and its log-sum-exp
     _merge       the sum of the chunks, weighted by their log-sum-exps; not run for one chunk
 
-The grid follows from shapes, never from lengths: a captured launch is right for any lengths.
+Within a program, copies into shared memory run two steps ahead of the product:
+
+    copy      K, V of step 0 | step 1 | step 2 | step 3 | ...
+    compute                           | step 0 | step 1 | ...
+
+_decode_fma takes the place of _decode where Triton has no matrix instructions: in float32, and
+on a GPU before Ampere. That one has no such copies either: other programs run while one waits.
+
+The grid follows from shapes, never from lengths: a captured launch is right for any lengths. How
+long a chunk is follows from the length of its sequence, inside the kernel.
 A row of length 0 and a slot below 0 are padding: nothing is read or written for them.
 Scores, softmax and sums are float32. The stride `x_n` is what one step along n adds to an
 address in x. Glossary of symbols: model.py.
@@ -26,40 +35,83 @@ import triton
 import triton.language as tl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-MAX_CHUNK = 1024    # tokens of a chunk. With longer ones, a long sequence would finish last, alone
+MIN_CHUNK = tl.constexpr(128)   # tokens: shorter chunks cost more to merge than they save
+LONG_CHUNK = 8192               # tokens: with longer ones, a long sequence would finish last, alone
+MAX_CHUNKS = 32                 # of a sequence: _merge holds all of them at once
+LOWEST = tl.constexpr(-1e38)    # no score is as low, and LOWEST - LOWEST is a number
 LN2 = 0.6931471805599453
+
+
+@triton.jit
+def _chunk(length, chunks, N: tl.constexpr):
+    """Tokens of a chunk of a sequence: an equal share for `chunks` of them, in whole steps of N."""
+    return tl.maximum(tl.cdiv(tl.cdiv(length, chunks), N) * N, MIN_CHUNK)
+
+
+@triton.jit
+def _span(seq_lens, b, N: tl.constexpr):
+    """This program's tokens of sequence b, from start up to end; none where end <= start."""
+    length = tl.load(seq_lens + b)
+    chunk = _chunk(length, tl.num_programs(2), N)
+    start = tl.program_id(2) * chunk
+    return start, tl.minimum(start + chunk, length)
+
+
+@triton.jit
+def _blocks(table, token, end, BS: tl.constexpr):
+    """Blocks [N] in which `token` [N] lie, by a sequence's row of the block table."""
+    return tl.load(table + token // BS, mask=token < end, other=0)
+
+
+@triton.jit
+def _read(k_cache, v_cache, k_scales, v_scales, block, token, end, h, c_b, c_h,
+          D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr, INT8: tl.constexpr):
+    """K and V [N, DP] of `token` [N] in `block` [N], and the scales [N] of their rows: 1, if not
+    INT8. Nothing is read from `end` on: zeros."""
+    d = tl.arange(0, DP)
+    live = token < end
+    head = block.to(tl.int64) * c_b + h * c_h
+    offset = (head + token % BS * D)[:, None] + d[None, :]
+    inside = live[:, None] & (d < D)[None, :]
+    k = tl.load(k_cache + offset, mask=inside, other=0)
+    v = tl.load(v_cache + offset, mask=inside, other=0)
+    if INT8:
+        at = (head + BS * D) // 4 + token % BS
+        k_scale = tl.load(k_scales + at, mask=live, other=0.0)
+        v_scale = tl.load(v_scales + at, mask=live, other=0.0)
+        k, v = k.to(tl.float32), v.to(tl.float32)
+    else:
+        k_scale = tl.full(token.shape, 1.0, tl.float32)
+        v_scale = k_scale
+    return k, v, k_scale, v_scale
 
 
 @triton.jit
 def _dot(x, y, WIDE: tl.constexpr):
     """x @ y. WIDE: multiply in float32, as the interpreter has no product of bf16."""
     if WIDE:
-        return tl.dot(x.to(tl.float32), y.to(tl.float32), input_precision="ieee")
-    else:
-        return tl.dot(x, y, input_precision="ieee")
+        x, y = x.to(tl.float32), y.to(tl.float32)
+    return tl.dot(x, y)
 
 
-@triton.jit(do_not_specialize=["t_b", "o_s", "chunk"])
+@triton.jit(do_not_specialize=["t_b", "o_s"])
 def _decode(q, k_cache, v_cache, k_scales, v_scales, block_table, seq_lens, o, lse, scale,
-            q_b, q_h, c_b, c_h, t_b, o_b, o_h, o_s, bs, chunk, H,
-            G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr,
-            N: tl.constexpr, LSE_UNIT: tl.constexpr, WIDE: tl.constexpr, INT8: tl.constexpr):
-    """q [B, H, D]; caches [num_blocks, Hkv, bs, D]; block_table [B, blocks]; seq_lens [B].
+            q_b, q_h, c_b, c_h, t_b, o_b, o_h, o_s, H,
+            G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+            BS: tl.constexpr, N: tl.constexpr, LSE_UNIT: tl.constexpr, INT8: tl.constexpr,
+            WIDE: tl.constexpr):
+    """By matrix instructions: the G heads of a group are rows of one product, padded to GP.
 
+    The padding is 15 of 16 rows where G is 1, and costs no time: reading K and V takes longer.
+    q [B, H, D]; caches [num_blocks, Hkv, BS, D]; block_table [B, blocks]; seq_lens [B].
     INT8: k_scales and v_scales are the caches read as float32 numbers: see kv_format.py.
     Writes o [B, H, chunks, D] and, in units of LSE_UNIT, lse [B, H, chunks] float32: of 1 for
-    log2, of LN2 for ln, of 0 for none. G heads of D are padded to GP and DP, powers of two that
-    a matrix product takes. N: tokens of a step.
+    log2, of LN2 for ln, of 0 for none. DP: D padded to a power of two. N: tokens of a step.
     """
-    b = tl.program_id(0)
-    h = tl.program_id(1)
-    s = tl.program_id(2)
-    start = s * chunk
-    end = tl.minimum(start + chunk, tl.load(seq_lens + b))
+    h, b, s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start, end = _span(seq_lens, b, N)
     if start < end:
-        g = tl.arange(0, GP)
-        d = tl.arange(0, DP)
-        t = tl.arange(0, N)
+        g, d, t = tl.arange(0, GP), tl.arange(0, DP), tl.arange(0, N)
         heads = h * G + g
         inside = (g < G)[:, None] & (d < D)[None, :]
         qi = tl.load(q + b * q_b + heads[:, None] * q_h + d[None, :],           # [GP, DP]
@@ -68,39 +120,22 @@ def _decode(q, k_cache, v_cache, k_scales, v_scales, block_table, seq_lens, o, l
         mass = tl.zeros([GP], tl.float32)
         acc = tl.zeros([GP, DP], tl.float32)
 
-        for i in range(start, end, N):
+        table = block_table + b * t_b
+        block = _blocks(table, start + t, end, BS)
+        for i in tl.range(start, end, N, num_stages=3):
             token = i + t
-            live = token < end
-            block = tl.load(block_table + b * t_b + token // bs, mask=live, other=0).to(tl.int64)
-            head = block * c_b + h * c_h
-            offset = (head + (token % bs) * D)[:, None] + d[None, :]            # [N, DP]
-            read = live[:, None] & (d < D)[None, :]
-            k = tl.load(k_cache + offset, mask=read, other=0)
-            v = tl.load(v_cache + offset, mask=read, other=0)
-            if INT8:
-                at = (head + bs * D) // 4 + token % bs
-                # exact in bf16 and fp16; the interpreter knows no way from int8 to bf16
-                k, v = k.to(tl.float32).to(qi.dtype), v.to(tl.float32).to(qi.dtype)
-                k_scale = tl.load(k_scales + at, mask=live, other=0.0)
-                v_scale = tl.load(v_scales + at, mask=live, other=0.0)
-            if G == 1:
-                x = tl.sum(qi.to(tl.float32) * k.to(tl.float32), 1)[None, :]
-            else:
-                x = _dot(qi, tl.trans(k), WIDE)                                 # [GP, N]
+            k, v, k_scale, v_scale = _read(k_cache, v_cache, k_scales, v_scales, block, token,
+                                           end, h, c_b, c_h, D, DP, BS, INT8)
+            block = _blocks(table, token + N, end, BS)      # of the next step: it is here in time
+            k, v = k.to(qi.dtype), v.to(qi.dtype)                               # int8 is exact
+            x = _dot(qi, tl.trans(k), WIDE) * k_scale[None, :]                  # [GP, N]
             x = x * (scale * 1.4426950408889634)                    # exp(x) = exp2(x log2 e)
-            if INT8:
-                x = x * k_scale[None, :]
-            x = tl.where(live[None, :], x, float("-inf"))
+            x = tl.where((token < end)[None, :], x, float("-inf"))
             higher = tl.maximum(top, tl.max(x, 1))
             p = tl.exp2(x - higher[:, None])
             fade = tl.exp2(top - higher)
             mass = mass * fade + tl.sum(p, 1)
-            if INT8:
-                p = p * v_scale[None, :]
-            if G == 1:
-                pv = tl.sum(tl.trans(p) * v.to(tl.float32), 0)[None, :]
-            else:
-                pv = _dot(p.to(v.dtype), v, WIDE)                               # [GP, DP]
+            pv = _dot((p * v_scale[None, :]).to(v.dtype), v, WIDE)              # [GP, DP]
             acc = acc * fade[:, None] + pv
             top = higher
 
@@ -111,29 +146,89 @@ def _decode(q, k_cache, v_cache, k_scales, v_scales, block_table, seq_lens, o, l
             tl.store(to, (top + tl.log2(mass)) * LSE_UNIT, mask=g < G)
 
 
-@triton.jit
-def _merge(part, part_lse, seq_lens, o, lse, o_b, chunk, chunks, H,
-           D: tl.constexpr, DP: tl.constexpr, LSE_UNIT: tl.constexpr):
-    """part [B, H, chunks, D], part_lse [B, H, chunks] float32 -> o [B, H, D], lse [B, H].
+@triton.jit(do_not_specialize=["t_b", "o_s"])
+def _decode_fma(q, k_cache, v_cache, k_scales, v_scales, block_table, seq_lens, o, lse, scale,
+                q_b, q_h, c_b, c_h, t_b, o_b, o_h, o_s, H,
+                G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+                BS: tl.constexpr, N: tl.constexpr, LSE_UNIT: tl.constexpr, INT8: tl.constexpr,
+                WIDE: tl.constexpr):
+    """Without matrix instructions: float32, or a GPU before Ampere. Parameters: see _decode.
 
-    Only those chunks are read that the sequence has.
+    A program takes GP of the G heads, one after another, with K and V in registers; past the last
+    head it repeats the last. Each of the N places of a step has a softmax of its own, so that no
+    thread waits for another before the end.
     """
-    b, h = tl.program_id(0), tl.program_id(1)
-    d = tl.arange(0, DP)
-    first = (b * H + h) * chunks
-    top, mass = float("-inf"), 0.0
-    acc = tl.zeros([DP], tl.float32)
+    TILES: tl.constexpr = (G + GP - 1) // GP
+    h, b, s = tl.program_id(0) // TILES, tl.program_id(1), tl.program_id(2)
+    start, end = _span(seq_lens, b, N)
+    if start < end:
+        d, t = tl.arange(0, DP), tl.arange(0, N)
+        g = tl.program_id(0) % TILES * GP
+        qs, tops, masses, accs = (), (), (), ()         # of each head
+        for j in tl.static_range(GP):
+            head = h * G + tl.minimum(g + j, G - 1)
+            qi = tl.load(q + b * q_b + head * q_h + d, mask=d < D, other=0.0)   # [DP]
+            qs += (qi.to(tl.float32),)
+            tops += (tl.full([N], LOWEST, tl.float32),)
+            masses += (tl.zeros([N], tl.float32),)
+            accs += (tl.zeros([N, DP], tl.float32),)
 
-    for s in range(tl.cdiv(tl.load(seq_lens + b), chunk)):
-        x = tl.load(part_lse + first + s)
-        higher = tl.maximum(top, x)
-        w = tl.exp2(x - higher)
-        fade = tl.exp2(top - higher)
-        acc = acc * fade + w * tl.load(part + (first + s) * D + d, mask=d < D, other=0.0)
-        mass = mass * fade + w
-        top = higher
-    if mass > 0:
-        tl.store(o + b * o_b + h * D + d, (acc / mass).to(o.dtype.element_ty), mask=d < D)
+        table = block_table + b * t_b
+        block = _blocks(table, start + t, end, BS)
+        for i in tl.range(start, end, N, num_stages=3):
+            token = i + t
+            k, v, k_scale, v_scale = _read(k_cache, v_cache, k_scales, v_scales, block, token,
+                                           end, h, c_b, c_h, D, DP, BS, INT8)
+            block = _blocks(table, token + N, end, BS)      # of the next step: it is here in time
+            k, v = k.to(tl.float32), v.to(tl.float32)
+            old_tops, old_masses, old_accs = tops, masses, accs
+            tops, masses, accs = (), (), ()
+            for j in tl.static_range(GP):
+                x = tl.sum(qs[j][None, :] * k, 1) * k_scale                     # [N]
+                x = x * (scale * 1.4426950408889634)
+                x = tl.where(token < end, x, float("-inf"))
+                higher = tl.maximum(old_tops[j], x)
+                p = tl.exp2(x - higher)
+                fade = tl.exp2(old_tops[j] - higher)
+                tops += (higher,)
+                masses += (old_masses[j] * fade + p,)
+                accs += (old_accs[j] * fade[:, None] + (p * v_scale)[:, None] * v,)
+
+        for j in tl.static_range(GP):
+            top = tl.max(tops[j], 0)
+            w = tl.exp2(tops[j] - top)
+            mass = tl.sum(masses[j] * w, 0)
+            acc = tl.sum(accs[j] * w[:, None], 0)                               # [DP]
+            head = h * G + tl.minimum(g + j, G - 1)
+            to = o + b * o_b + head * o_h + s * o_s + d
+            tl.store(to, (acc / mass).to(o.dtype.element_ty), mask=d < D)
+            if LSE_UNIT > 0:
+                to = lse + (b * H + head) * tl.num_programs(2) + s
+                tl.store(to, (top + tl.log2(mass)) * LSE_UNIT)
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def _merge(part, part_lse, seq_lens, o, lse, o_b, chunks, H,
+           D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
+           LSE_UNIT: tl.constexpr):
+    """part [B, H, chunks, DP], part_lse [B, H, chunks] float32 -> o [B, H, D], lse [B, H].
+
+    Only those chunks are read that the sequence has. C: the most that there are.
+    """
+    h, b = tl.program_id(0), tl.program_id(1)
+    length = tl.load(seq_lens + b)
+    if length > 0:
+        d, s = tl.arange(0, DP), tl.arange(0, C)
+        live = s < tl.cdiv(length, _chunk(length, chunks, N))
+        s += (b * H + h) * chunks
+        x = tl.load(part_lse + s, mask=live, other=float("-inf"))               # [C]
+        y = tl.load(part + s[:, None] * DP + d[None, :],                        # [C, DP]
+                    mask=live[:, None] & (d < D)[None, :], other=0.0)
+        top = tl.max(x, 0)
+        w = tl.exp2(x - top)
+        mass = tl.sum(w, 0)
+        acc = tl.sum(w[:, None] * y, 0) / mass
+        tl.store(o + b * o_b + h * D + d, acc.to(o.dtype.element_ty), mask=d < D)
         if LSE_UNIT > 0:
             tl.store(lse + b * H + h, (top + tl.log2(mass)) * LSE_UNIT)
 
@@ -235,63 +330,66 @@ def _gpu(device):
     return properties.multi_processor_count, properties.major >= 8
 
 
-def step_tokens(G, DP, itemsize, has_mma):
-    """Tokens that a program reads at once: 16 KB of K. Without matrix instructions (float32, or
-    before Ampere, where Triton has none) only 16, so that a product's operands stay in registers.
+def kernel_of(G, D, itemsize, has_mma):
+    """-> kernel, its GP (heads of a program), DP (D padded) and N (tokens of a step).
+
+    itemsize: bytes of a number of q. With matrix instructions a step is up to 8 KB of K: two
+    steps of K and V under way take 32 KB, so that six programs fit on a processor of an H100 and
+    two on one of an A10G. Without, N * DP sums of each head lie in the registers of 128 threads:
+    32 each for one head, 16 each for up to four. A group of more heads reads K and V once for
+    every four of them, mostly from the GPU's cache.
     """
-    if G == 1 or (has_mma and itemsize == 2):
-        return min(64, 16384 // (DP * itemsize))
-    return 16
+    DP = max(16, triton.next_power_of_2(D))
+    N = min(64, 4096 // DP)
+    if has_mma and itemsize == 2:
+        return _decode, max(16, triton.next_power_of_2(G)), DP, N
+    GP = triton.cdiv(G, triton.cdiv(G, 4))
+    return _decode_fma, GP, DP, N if GP == 1 else min(64, 2048 // DP)
 
 
-def chunk_size(width, sequences_x_heads, processors):
-    """Tokens of a chunk, a multiple of 64, for block tables of `width` tokens.
-
-    Long chunks are cheap to merge, but it takes four programs for each processor to keep enough
-    reads in flight.
-    """
-    share = width * sequences_x_heads // (4 * processors)
-    return min(max(-(-share // 64) * 64, 128), MAX_CHUNK)
+def split(width, programs, processors):
+    """Chunks that a sequence may have, for block tables of `width` tokens and `programs` without
+    a split. It takes four programs for each processor to keep enough reads in flight."""
+    chunks = max(triton.cdiv(4 * processors, programs), triton.cdiv(width, LONG_CHUNK))
+    return min(chunks, triton.cdiv(width, MIN_CHUNK.value), MAX_CHUNKS)
 
 
-def paged_decode(q, k_cache, v_cache, block_table, seq_lens, out, scale, chunk=None, lse=None):
+def paged_decode(q, k_cache, v_cache, block_table, seq_lens, out, scale, chunks=None, lse=None):
     """Attention of one new token per sequence over its paged cache, in place into `out`.
 
     q, out       [B, H, D], D <= 256; caches [num_blocks, Hkv, bs, D]: bf16, fp16 or fp32, or
                  [num_blocks, Hkv, bs, D + 4] int8 with scales (kv_format.py)
     block_table  [B, blocks] int32; seq_lens [B] int32; 0: a row of padding, out and lse stay
-    chunk        tokens that a program takes, a multiple of 64; None: by size
+    chunks       that a sequence may have, at most MAX_CHUNKS; None: by size
     lse          None, or [B, H] float32, contiguous: log(sum over tokens of exp(scale q . k))
     """
     B, H, D = q.shape
     _, Hkv, bs, _ = k_cache.shape
-    width = block_table.shape[1] * bs
     assert D <= 256 and H % Hkv == 0 and q.stride(2) == out.stride(2) == 1
     assert k_cache.is_contiguous() and (lse is None or lse.is_contiguous())
 
     processors, has_mma = _gpu(q.device)
-    chunk = chunk or chunk_size(width, B * Hkv, processors)
-    chunks, DP = -(-width // chunk), max(16, triton.next_power_of_2(D))
+    G, int8 = H // Hkv, k_cache.dtype == torch.int8
+    kernel, GP, DP, N = kernel_of(G, D, q.element_size(), has_mma)
+    tiles = Hkv * triton.cdiv(G, GP)
+    chunks = chunks or split(block_table.shape[1] * bs, B * tiles, processors)
     unit = 0.0 if lse is None else LN2
     lse = seq_lens if lse is None else lse          # some pointer, which is not followed
     if chunks == 1:
         part, part_lse = out[:, :, None], lse
     else:
-        part = torch.empty(B, H, chunks, D, dtype=torch.float32, device=q.device)
+        part = torch.empty(B, H, chunks, DP, dtype=torch.float32, device=q.device)
         part_lse = torch.empty(B, H, chunks, dtype=torch.float32, device=q.device)
 
-    G = H // Hkv
-    GP = 1 if G == 1 else max(16, triton.next_power_of_2(G))
-    N, int8 = step_tokens(G, DP, q.element_size(), has_mma), k_cache.dtype == torch.int8
-    _decode[(B, Hkv, chunks)](
+    kernel[(tiles, B, chunks)](
         q, k_cache, v_cache, _as_float32(k_cache), _as_float32(v_cache), block_table, seq_lens,
         part, part_lse, scale,
-        *q.stride()[:2], *k_cache.stride()[:2], block_table.stride(0), *part.stride()[:3],
-        bs, chunk, H, G, D, GP, DP, N, LSE_UNIT=1.0 if chunks > 1 else unit,
-        WIDE=INTERPRETED and q.dtype == torch.bfloat16, INT8=int8, num_warps=4, num_stages=2)
+        *q.stride()[:2], *k_cache.stride()[:2], block_table.stride(0), *part.stride()[:3], H,
+        G, GP, D, DP, bs, N, LSE_UNIT=1.0 if chunks > 1 else unit, INT8=int8,
+        WIDE=INTERPRETED and q.dtype == torch.bfloat16, num_warps=4)
     if chunks > 1:
-        _merge[(B, H)](part, part_lse, seq_lens, out, lse, out.stride(0), chunk, chunks, H, D, DP,
-                       LSE_UNIT=unit, num_warps=1)
+        _merge[(H, B)](part, part_lse, seq_lens, out, lse, out.stride(0), chunks, H, D, DP, N,
+                       MAX_CHUNKS, LSE_UNIT=unit, num_warps=4)
 
 
 def _as_float32(cache):
