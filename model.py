@@ -131,6 +131,7 @@ class Model:
         self.may_capture = gpu_attn.padded and not eager
         self.row_dtype, self.row_format = row_dtype, NAMES[row_dtype]
         self.host = {}                              # sub-batch index -> HostBuffers
+        self.timed = True                           # does a run record its spans?
         self.cpu_spans, self.move_spans = [], []    # of the last run
         self.random_weights = name in PRESETS
         self._allocate()
@@ -379,17 +380,16 @@ class Model:
         queue.submit("linear", len(self.layers), index, partial(self.linear, b, act))
 
     @torch.inference_mode()
-    def run(self, sub_batches, kv, depth=None, timed=True):
+    def run(self, sub_batches, kv, depth=None):
         """Run one SubBatch (sequential) or several (pipelined) -> Result of all their sampled rows.
 
         On CUDA it returns while the GPU still works; whatever reads the Result waits for it.
         depth  stop after this number of layers, for profiling; default all
-        timed  record when each stage ran, for `spans`
         """
         self.cpu_spans, queue, L = [], self.queue, len(self.layers)
         if self.captures:
             self.captures.captured_now = False
-        queue.begin(timed)
+        queue.begin(self.timed)
         cpu_attn.set_threads(self.cpu_threads)
         S, whole, activations = sum(len(b.sampled_rows) for b in sub_batches), None, {}
         if self.captures and not depth and len(sub_batches) == 1:

@@ -298,8 +298,9 @@ class LLM:
             sampled = plan.sampled
             outs = [self.outputs[r.id] for r in sampled]
             timed = self.scheduler.iteration % self.timed_every == 0
+            self.model.timed = timed
             with self._model_time():
-                result = self.model.run(sub_batches, self.kv, timed=timed)
+                result = self.model.run(sub_batches, self.kv)
             landed += self._land()          # the iteration before, behind the launch of this one
             if self._may_leave(plan, outs, timed):
                 self.scheduler.advance(plan)

@@ -462,7 +462,7 @@ class SimulatedModel:
     def settle(self, kv):
         """Nothing runs on."""
 
-    def run(self, sub_batches, kv, timed=True):
+    def run(self, sub_batches, kv):
         """One iteration: first the swaps that precede it, one block after the other, then the
         layers. Returns a Result with logits [rows that get a token, 1] of zeros."""
         perf, start = self.perf, self.now

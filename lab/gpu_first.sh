@@ -41,11 +41,18 @@ tiny="neo.py --model tiny --device cuda --max-tokens 12 --gpu-blocks 14 --token-
 measure tokens 120 -m lab.gpu_checks tokens
 step blocking 60 "tokens differ only without CUDA_LAUNCH_BLOCKING: a wait is missing in queues.py" \
     env CUDA_LAUNCH_BLOCKING=1 "$python" -m lab.gpu_checks tokens
+# Without torch's cache each tensor is an allocation of its own. Graphs need the cache.
 step memcheck 120 "a kernel reads or writes outside its tensors: kernels/triton_kernels.py" \
     env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
-    "$python" $tiny "1 2 3 4 5 6 7"
+    "$python" $tiny "1 2 3 4 5 6 7" --eager
+step memcheck-graphs 120 "a captured kernel reads or writes outside torch's memory" \
+    compute-sanitizer --tool memcheck --error-exitcode 9 "$python" $tiny "1 2 3 4 5 6 7"
+step kernels 120 "a kernel's numbers differ from plain torch's" \
+    "$python" -m pytest -v -p no:cacheprovider kernels/test_kernels.py \
+    -k "triton or gpu_attention or flash"
 step tests 240 "the names of the failed tests say which layer" \
-    env NEO_TEST_DEVICE=cuda "$python" -m pytest -q --maxfail=12 $parallel test_neo.py kernels
+    env NEO_TEST_DEVICE=cuda "$python" -m pytest -v $parallel test_neo.py -k \
+    "transformers or logits or captured or swap_moves or chunked"
 # 2. Does it wait, or take memory, behind our back?
 measure syncs 90 -m lab.gpu_checks syncs
 measure memory 60 -m lab.gpu_checks memory
@@ -56,7 +63,7 @@ measure floor-7b 120 -m lab.gpu_limits floor --model llama-7b --batches 1,16,64 
 measure floor-8b 120 -m lab.gpu_limits floor --model llama-8b --batches 1,16,64 --peer 64
 for gib in 16 24; do
     measure 7b-${gib}gib 120 bench.py --model llama-7b --gpu-mem $gib \
-        --input-len 500 --output-len 200 --num-prompts 200
+        --input-len 500 --output-len 200 --num-prompts 80
 done
 measure floor-70b 90 -m lab.gpu_limits floor --model llama-70b --batches 1,8 --input-len 500
 measure 70b 180 bench.py --model llama-70b --strategies gpu-only,neo --input-len 1000 \

@@ -101,8 +101,7 @@ def run_ceilings(args):
 def decode_times(llm, num_requests, input_len, steps):
     """Time `steps` iterations in which `num_requests` requests decode.
 
-    Returns (median ms, share of the time in which the GPU did nothing, cached tokens that the
-    median iteration read).
+    Returns (median ms, cached tokens that the median iteration read).
     """
     params = SamplingParams(max_tokens=tokens_for(num_requests, steps), ignore_eos=True)
     for i in range(num_requests):
@@ -113,16 +112,14 @@ def decode_times(llm, num_requests, input_len, steps):
     for _ in range(WARM_UP):
         llm.step()
     cached = sum(r.num_tokens for r in llm.scheduler.decodes("gpu"))
-    times, busy = [], llm.stats()["gpu_busy_s"]
+    times = []
     for _ in range(steps):
         start = time.perf_counter()
         llm.step()
         times.append(time.perf_counter() - start)
-    busy = llm.stats()["gpu_busy_s"] - busy
     for request_id in list(llm.outputs):
         llm.abort(request_id)
-    return (1e3 * statistics.median(times), 1 - busy / sum(times),
-            cached + num_requests * steps // 2)
+    return 1e3 * statistics.median(times), cached + num_requests * steps // 2
 
 
 def tokens_for(num_requests, steps):
@@ -202,13 +199,12 @@ def run_floor(args):
     fitting = [n for n in args.batches if n * length(n) <= llm.kv_budget["gpu"]]
     for n in tqdm(fitting, "floor", disable=None, leave=False):
         llm.reset("gpu-only")
-        ms, idle, kv_tokens = decode_times(llm, n, args.input_len, args.steps)
+        ms, kv_tokens = decode_times(llm, n, args.input_len, args.steps)
         floor_ms = (weight_bytes + kv_tokens * kv_bytes) / (limits["copy_gb_s"] * 1e6)
         over = ms / floor_ms
         found.append({"batch": n, "kv_tokens": kv_tokens, "ms": ms, "floor_ms": floor_ms,
-                      "over_floor": over, "gpu_idle": idle})
-        tqdm.write(f"batch {n:4d}: {ms:8.2f} ms, floor {floor_ms:8.2f} ms, {over:.2f}x; "
-                   f"GPU idle {100 * idle:.1f} %")
+                      "over_floor": over})
+        tqdm.write(f"batch {n:4d}: {ms:8.2f} ms, floor {floor_ms:8.2f} ms, {over:.2f}x")
     saved = {"limits": limits, "rows": found,
              "kv_budget_gpu_tokens": llm.kv_budget["gpu"],
              "card": llm.describe().splitlines()}
