@@ -94,7 +94,7 @@ def run_workload(llm, strategy, work, trace=None, quiet=False):
         for request_id in list(llm.outputs):
             llm.abort(request_id)
     bar.close()
-    llm.on_iteration = None
+    llm.watch(None)
     times = {i: times[i] for i, out in outs.items() if out.finish_reason == "length"}
     result = report.latency_metrics(work, times, llm.clock() - start)
     result |= engine_metrics(llm, work, result)

@@ -234,7 +234,8 @@ class KVCache:
             self.swaps.setdefault(layer, []).append(job)
         if self.stream:     # what the GPU has been told to do with these blocks comes first
             self.stream.wait_stream(torch.cuda.current_stream())
-        self.mover.submit(self._move, src, dst, np.array(src_ids), np.array(dst_ids), done)
+        job = self.mover.submit(self._move, src, dst, np.array(src_ids), np.array(dst_ids), done)
+        job.add_done_callback(partial(self._moved, done))
 
     @property
     def is_swapping(self):
@@ -273,28 +274,30 @@ class KVCache:
         the host works on that half, the other one is on its way.
         """
         start, per_trip = self._copy_at_once, len(src_ids)
-        try:
-            if self.stream:
-                out = dst is self.tiers["cpu"]
-                start = self._start_out if out else self._start_in
-                per_trip = self.stage.shape[1] // self.tiers["cpu"].k[0, 0].nbytes
-                ids = self._to_device(src=src_ids, dst=dst_ids)
-                src_ids, dst_ids = (ids["src"], dst_ids) if out else (src_ids, ids["dst"])
-            trips = [slice(i, i + per_trip) for i in range(0, len(src_ids), per_trip)]
-            number, under_way = 0, None
-            for layer, job in enumerate(done):
-                for a, b in ((src.k[layer], dst.k[layer]), (src.v[layer], dst.v[layer])):
-                    for trip in trips:
-                        finish = start(number % 2, a, b, src_ids[trip], dst_ids[trip])
-                        if under_way:
-                            under_way()
-                        number, under_way = number + 1, finish
-                under_way = partial(self._finish_layer, under_way, job)
-            under_way()
-        except BaseException as error:
-            for job in done:
-                if not job.done():
-                    job.set_exception(error)
+        if self.stream:
+            out = dst is self.tiers["cpu"]
+            start = self._start_out if out else self._start_in
+            per_trip = self.stage.shape[1] // self.tiers["cpu"].k[0, 0].nbytes
+            ids = self._to_device(src=src_ids, dst=dst_ids)
+            src_ids, dst_ids = (ids["src"], dst_ids) if out else (src_ids, ids["dst"])
+        trips = [slice(i, i + per_trip) for i in range(0, len(src_ids), per_trip)]
+        number, finish_last = 0, None
+        for layer, job in enumerate(done):
+            for a, b in ((src.k[layer], dst.k[layer]), (src.v[layer], dst.v[layer])):
+                for trip in trips:
+                    finish = start(number % 2, a, b, src_ids[trip], dst_ids[trip])
+                    if finish_last:
+                        finish_last()
+                    number, finish_last = number + 1, finish
+            finish_last = partial(self._finish_layer, finish_last, job)
+        finish_last()
+
+    @staticmethod
+    def _moved(done, job):
+        """After `_move`, whether it failed or not: nobody waits for ever."""
+        for layer in done:
+            if not layer.done():
+                layer.set_exception(job.exception() or RuntimeError("blocks were not copied"))
 
     @staticmethod
     def _finish_layer(finish, job):

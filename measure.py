@@ -348,4 +348,4 @@ def counted_as(span, kind):
         return "move"
     if span.lane == "copy":
         return "cpu_attend"
-    return "linear" if span.stage in ("send", "receive") else span.stage
+    return "linear" if span.stage == "send" else span.stage

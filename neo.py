@@ -78,9 +78,8 @@ class LLM:
         self.max_num_seqs = options.max_num_seqs or MAX_RUNNING
         self.path = find_model(self.name, weights=not options.simulate)
         self.verbose = False            # print each iteration
-        self.on_iteration = None        # is called with (plan, spans, start, end); no spans where
-        self.timed_every = 1            # the iteration was not timed: one in this number is
         self.may_fly, self.flight = False, None
+        self.watch(None)
         self.cfg = load_config(self.path)
         self.testbed = self.points = self.outputs = None
         if options.simulate:
@@ -124,8 +123,7 @@ class LLM:
         self.kv = KVCache(self.model.kv_geometry, budget.block_size, budget.num_blocks,
                           budget.max_model_len, budget.kv_dtypes, budget.row_dtype, self.device)
         self.clock, self.wait = time.perf_counter, time.sleep
-        if on_cuda(self.device):
-            self.timed_every, self.may_fly = TIMED_EVERY, True
+        self.may_fly = on_cuda(self.device)
         warm_up(self.model, self.kv)
         self.model.capture_passes(self.kv)
         threads = [self.gpu_threads, self.cpu_threads]
@@ -297,7 +295,8 @@ class LLM:
             # 3) Forward: all layers, then one token for each row that is sampled.
             sampled = plan.sampled
             outs = [self.outputs[r.id] for r in sampled]
-            timed = self.scheduler.iteration % self.timed_every == 0
+            every = TIMED_EVERY if self.may_fly and not self.times_all else 1
+            timed = self.scheduler.iteration % every == 0
             self.model.timed = timed
             with self._model_time():
                 result = self.model.run(sub_batches, self.kv)
@@ -327,6 +326,14 @@ class LLM:
                 self.flight = None
             self._repair(lost)
             raise
+
+    def watch(self, on_iteration, always=True):
+        """Call on_iteration(plan, spans, start, end) after each iteration; None: nothing.
+
+        spans  perfmodel.Spans; none of an iteration that was not timed
+        always time every iteration. On CUDA that costs launches, and none is left in flight
+        """
+        self.on_iteration, self.times_all = on_iteration, bool(on_iteration) and always
 
     def _may_leave(self, plan, outs, timed):
         """May an iteration stay in flight while the next one is planned?

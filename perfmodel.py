@@ -55,8 +55,8 @@ class Prediction(NamedTuple):
 class Span(NamedTuple):
     """Who worked on what, when. The model records one span for each stage of each layer."""
     lane: str               # "gpu", "cpu", "copy" (to and from the host) or "move" (KV of prompts)
-    stage: str              # "linear", "attend", "send", "cpu_attend", "receive", "store",
-    #                         "fetch" or "head"; of a simulation's timeline also "swap"
+    stage: str              # "linear", "attend", "send", "cpu_attend", "store", "fetch", "head"
+    #                         or "pass"; of a simulation's timeline also "swap"
     layer: int
     sub_batch: int          # its index: 0 for A, 1 for B
     start: float            # seconds

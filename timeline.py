@@ -26,10 +26,10 @@ LANES = {"gpu": "GPU", "cpu": "CPU", "copy": "copies", "move": "KV of prompts"}
 STAGES = {          # stage: (label, colour of sub-batch A; those of B, C ... are lighter)
     "linear": ("linear layers", "#1769aa"), "attend": ("GPU attention", "#158466"),
     "cpu_attend": ("CPU attention", "#d3600f"), "head": ("head", "#808080"),
-    "send": ("send q, k, v", "#8a6fd1"), "receive": ("receive output", "#b3478f"),
+    "send": ("send k, v", "#8a6fd1"), "pass": ("all layers, one graph", "#1769aa"),
     "store": ("store KV", "#7d5a3c"), "fetch": ("fetch KV", "#3d8f98"),
     "swap": ("swap blocks", "#c9a400")}
-ONCE = ("head", "swap")     # stages of all sub-batches together
+ONCE = ("head", "pass", "swap")     # stages of all sub-batches together
 LIGHTER = (0.0, 0.45, 0.7)      # share of white in the colours of A, B and of all later ones
 
 
@@ -76,7 +76,7 @@ class Recorder:
     def __init__(self, llm):
         self.llm, self.strategy, self.num_blocks = llm, llm.strategy, llm.scheduler.num_blocks
         self.iterations, self.changes, self.held = [], [], {}
-        llm.on_iteration = self.record
+        llm.watch(self.record)
 
     def record(self, plan, spans, start, end):
         """LLM.on_iteration: start and end in seconds."""

@@ -50,19 +50,20 @@ class LiveView:
             "lanes": [LANES[lane] for lane in SHOWN],
             "stages": [{"label": label, "colours": [colour(stage, i) for i in range(len(LIGHTER))]}
                        for stage, (label, _) in STAGES.items()]}
-        llm.on_iteration = self.record
+        llm.watch(self.record, always=False)
 
     # ---- the engine's thread
 
     def record(self, plan, spans, start, end):
         """LLM.on_iteration. An error here costs the picture, not the requests of the iteration."""
-        if time.monotonic() > self.until:
+        self.llm.times_all = time.monotonic() <= self.until
+        if not self.llm.times_all:
             return
         try:
             self.latest = self._snapshot(plan, spans, start, end)
         except Exception:
             traceback.print_exc()
-            self.llm.on_iteration = None
+            self.llm.watch(None)
 
     def _snapshot(self, plan, spans, start, end):
         rows = tuple(b.counts() for b in plan.batches)

@@ -98,8 +98,7 @@ class Injector:
 
 def worker_functions(llm):
     """What other threads than the engine's run."""
-    return [(llm.model, name) for name in ("linear", "attend", "send", "receive", "cpu_attend",
-                                           "head")] + [
+    return [(llm.model, name) for name in ("linear", "attend", "send", "cpu_attend", "head")] + [
         (llm.kv, "_move"), (llm.kv, "_gather_past"), (cpu_attn, "store_kv"),
         (cpu_attn, "paged_decode"), (llm.kv, "fetch_past"), (llm.kv, "store_prompts")]
 
