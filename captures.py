@@ -46,7 +46,7 @@ class Captures:
         self.logits, self.best = model.head_rows(self.most_rows)        # of whole passes
         self.passes = {}        # rows -> (replay, logits, best), or None: not captured
         self.stages = {}        # (stage, index, rows) -> replays of the layers, or None
-        self.spent = self.last_cost = 0     # bytes
+        self.spent = self.cost = 0          # bytes: of all captures, of the last one
         self.captured_now = False           # did the last run stop to capture something?
         for index in range(RESERVED):
             self._reserve(index)
@@ -165,15 +165,16 @@ class Captures:
 
     def _capture(self, calls, what):
         """Replays of the calls, or None once the budget is spent or a capture has failed."""
-        if self.spent + self.last_cost > self.budget:
+        if self.spent + self.cost > self.budget:
             return None
         self.captured_now = True
         queue = self.model.queue
         try:
             free = queue.free_bytes()
             replays = queue.capture(calls)
-            self.last_cost = free - queue.free_bytes()
-            self.spent += self.last_cost
+            cost = max(0, free - queue.free_bytes())
+            self.cost = cost if self.spent else 0       # the first one's is mostly temporaries'
+            self.spent += cost
             return replays
         except RuntimeError as error:       # torch.OutOfMemoryError, AcceleratorError: all of it
             self.budget = 0                 # after a failed capture, no other one can be trusted

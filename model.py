@@ -73,18 +73,20 @@ class HostBuffers:
     attention output o leaves from here. k and v of prompts bound for the CPU tier have two places,
     so that one layer's can be stored while the next layer's arrive.
 
-    num_decodes  rows of decodes that there is room for from the start: captured kernels know where
-                 these buffers lie, so with captures they must never move
+    most_decodes  0, or the most rows of decodes: captured kernels know where these buffers lie, so
+                  with captures they never move
     """
 
-    def __init__(self, num_heads, num_kv_heads, head_dim, kv_dtype, pinned, num_decodes):
+    def __init__(self, num_heads, num_kv_heads, head_dim, kv_dtype, pinned, most_decodes):
         q, k = (num_heads, head_dim, torch.float32), (num_kv_heads, head_dim, kv_dtype)
         self.shapes = {"q": q, "o": q, "k": k, "v": k, "prompt_k": k, "prompt_v": k}
         self.pinned, self.buffers = pinned, {}      # name -> (tensor, the same as NumPy's array)
-        self.fit(num_decodes, 0)
+        self.most_decodes = most_decodes
+        self.fit(most_decodes, 0)
 
     def fit(self, num_cpu, num_stored):
         """Make room for num_cpu decode rows, and twice for num_stored prompt rows."""
+        assert num_cpu <= self.most_decodes or not self.most_decodes
         for name, (heads, D, dtype) in self.shapes.items():
             rows = 2 * num_stored if name.startswith("prompt") else num_cpu
             if name not in self.buffers or len(self.tensor(name)) < rows:
@@ -127,7 +129,7 @@ class Model:
         self.queue = CudaQueue() if on_cuda(device) else ThreadQueue(gpu_threads)
         self.attn, self.ops, self.max_len = gpu_attn, gpu_attn.ops, max_len
         self.cpu_path = cpu_path
-        self.captures = None                        # made by allow_captures
+        self.captures, self.most_decodes = None, 0  # set by allow_captures
         self.may_capture = gpu_attn.padded and not eager
         self.row_dtype, self.row_format = row_dtype, NAMES[row_dtype]
         self.host = {}                              # sub-batch index -> HostBuffers
@@ -439,6 +441,7 @@ class Model:
         `most_rows` decodes of a tier, if this back end and the options allow captures."""
         if self.may_capture:
             self.captures = Captures(self, width, most_rows)
+            self.most_decodes = self.captures.most_rows
 
     def capture_passes(self, kv):
         """Capture whole passes for as many decodes as the GPU tier can hold, before anybody waits
@@ -467,7 +470,7 @@ class Model:
         if b.index not in self.host:
             self.host[b.index] = HostBuffers(
                 *self.num_heads, self.cfg.head_dim, self.row_dtype, on_cuda(self.device),
-                self.captures.most_rows if self.captures else 0)
+                self.most_decodes)
         self.host[b.index].fit(b.num_cpu, b.num_stored)
         placed = self.captures.stages_of(b, kv) if self.captures else None
         if placed:

@@ -59,14 +59,15 @@ measure memory 60 -m lab.gpu_checks memory
 measure host 60 -m lab.gpu_checks host
 # 3. How fast is it?
 measure ceilings 60 -m lab.gpu_limits ceilings
-measure floor-7b 120 -m lab.gpu_limits floor --model llama-7b --batches 1,16,64 --peer 64
-measure floor-8b 120 -m lab.gpu_limits floor --model llama-8b --batches 1,16,64 --peer 64
-for gib in 16 24; do
-    measure 7b-${gib}gib 120 bench.py --model llama-7b --gpu-mem $gib \
-        --input-len 500 --output-len 200 --num-prompts 80
-done
-measure floor-70b 90 -m lab.gpu_limits floor --model llama-70b --batches 1,8 --input-len 500
-measure 70b 180 bench.py --model llama-70b --strategies gpu-only,neo --input-len 1000 \
+measure floor-7b 90 -m lab.gpu_limits floor --model llama-7b --batches 1,16,64
+measure 7b-16gib 120 bench.py --model llama-7b --gpu-mem 16 --input-len 500 --output-len 200 \
+    --num-prompts 40
+measure floor-8b 90 -m lab.gpu_limits floor --model llama-8b --batches 1,16,64
+measure floor-70b 120 -m lab.gpu_limits floor --model llama-70b --batches 1,8 --input-len 500
+measure peer-7b 90 -m lab.gpu_limits floor --model llama-7b --batches 64 --peer 64
+measure 7b-24gib 120 bench.py --model llama-7b --gpu-mem 24 --input-len 500 --output-len 200 \
+    --num-prompts 80
+measure 70b 240 bench.py --model llama-70b --strategies gpu-only,neo --input-len 1000 \
     --output-len 200 --num-prompts 60
 echo "== summary"
 cat "$out/summary.txt"

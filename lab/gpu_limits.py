@@ -205,7 +205,9 @@ def run_floor(args):
         found.append({"batch": n, "kv_tokens": kv_tokens, "ms": ms, "floor_ms": floor_ms,
                       "over_floor": over})
         tqdm.write(f"batch {n:4d}: {ms:8.2f} ms, floor {floor_ms:8.2f} ms, {over:.2f}x")
+    captures = llm.model.captures
     saved = {"limits": limits, "rows": found,
+             "graphs": captures and {"passes": len(captures.passes), "bytes": captures.spent},
              "kv_budget_gpu_tokens": llm.kv_budget["gpu"],
              "card": llm.describe().splitlines()}
     if args.peer:
