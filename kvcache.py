@@ -32,7 +32,7 @@ from queues import host_tensor, on_cuda
 
 HUGE_PAGE = 2 << 20
 STAGE_BYTES = 64 << 20  # pinned buffer for swaps on CUDA: halves large enough for full PCIe speed
-MOVER_THREADS = 4       # that copy between it and the CPU tier: PCIe is faster than one of them
+MOVER_THREADS = 4       # that copy within the host on CUDA: PCIe takes what four of them copy
 
 
 @dataclass(frozen=True)
@@ -262,9 +262,13 @@ class KVCache:
 
     def _start_mover(self):
         torch.set_num_threads(1)                    # thread-local, as is Numba's number
-        cpu_attn.set_threads(min(MOVER_THREADS, cpu_attn.most_threads()) if self.stream else 1)
+        cpu_attn.set_threads(self._copy_threads())
         if self.stream:
             torch.cuda.set_stream(self.stream)
+
+    def _copy_threads(self):
+        """Of the mover and of the porter. Where cores play the GPU, there is no PCIe to fill."""
+        return min(MOVER_THREADS, cpu_attn.most_threads()) if on_cuda(self.device) else 1
 
     def _move(self, src, dst, src_ids, dst_ids, done):
         """Copy blocks of all layers from Tier src to Tier dst, on the mover's thread. Each layer's
@@ -353,11 +357,11 @@ class KVCache:
 
     # ---- a sub-batch for the model
 
-    def bind(self, batch, index=0, pad=lambda num_gpu, num_cpu: (num_gpu, num_cpu), late=None):
+    def bind(self, batch, index=0, pad=lambda num_gpu, num_cpu, num_prefill: (num_gpu, num_cpu),
+             late=None):
         """Reserve the slots of a Batch's rows and return it as a SubBatch.
 
-        pad   (GPU decodes, CPU decodes) -> numbers of rows to pad them to. Padding is only for
-              sub-batches without prompts.
+        pad   (GPU decodes, CPU decodes, prompt rows) -> numbers of rows to pad the decodes to
         late  (tokens [S] on the device, {request id: its row}), for decodes whose last token is
               pending: its value is copied there
 
@@ -387,9 +391,7 @@ class KVCache:
         num_stored, num_prefill = sum(prefill_lens[:num_stored_prompts]), sum(prefill_lens)
 
         # 2) padding: where each row goes, and which rows are sampled
-        gpu_rows, cpu_rows = num_gpu, num_cpu
-        if not num_prefill:
-            gpu_rows, cpu_rows = pad(num_gpu, num_cpu)
+        gpu_rows, cpu_rows = pad(num_gpu, num_cpu, num_prefill)
         first_cpu = num_prefill + gpu_rows
         place = np.arange(len(tokens))
         place[num_prefill + num_gpu:] += gpu_rows - num_gpu
@@ -453,8 +455,8 @@ class KVCache:
     # ---- KV of prompts that moves between the tiers while other work goes on
 
     def _start_porter(self):
-        cpu_attn.set_threads(1)                             # thread-local, as is torch's number
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)                            # thread-local, as is Numba's number
+        cpu_attn.set_threads(self._copy_threads())
         if on_cuda(self.device):
             torch.cuda.set_stream(torch.cuda.Stream())
 
@@ -531,6 +533,7 @@ class KVCache:
         else:
             shape = len(blocks), *cache.shape[1:]
             stage = host_tensor(shape, cache.dtype, pinned=True)
-            torch.index_select(cache, 0, blocks, out=stage)
+            cpu_attn.copy_blocks(as_bytes(cache), blocks.numpy(), as_bytes(stage),
+                                 np.arange(len(blocks)))
             found = stage.to(self.device)       # waits for the porter's own stream alone
         return convert(found, self.row_dtype).transpose(1, 2).flatten(0, 1)

@@ -285,9 +285,6 @@ def measure_profile(model, kv, budget):
             decodes = [made_up_request(kv, length, "gpu", decoding=True) for _ in range(n)]
             ms = time_stages(model, kv, decodes, "gpu_decodes", deadline)
             points["gpu_decode"].append([n * length, ms["attend"]])
-            if model.captures:      # prompts of so few rows are bound by launches, which these lack
-                points["linear"] = [p for p in points["linear"] if p[0] != n]
-                points["linear"].append([n, ms["linear"]])
             points["lm_head"].append([n, ms["lm_head"]])
         bar.update()
     bar.close()

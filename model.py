@@ -454,9 +454,11 @@ class Model:
         """Did the last run stop to capture something?"""
         return bool(self.captures and self.captures.captured_now)
 
-    def padded_rows(self, num_gpu, num_cpu):
-        """(GPU decodes, CPU decodes) -> rows that they are padded to."""
-        return self.captures.padded_rows(num_gpu, num_cpu) if self.captures else (num_gpu, num_cpu)
+    def padded_rows(self, num_gpu, num_cpu, num_prefill=0):
+        """(GPU decodes, CPU decodes, prompt rows) -> rows that the decodes are padded to."""
+        if not self.captures:
+            return num_gpu, num_cpu
+        return self.captures.padded_rows(num_gpu, num_cpu, num_prefill)
 
     def activations(self, N):
         (H, Hkv), D = self.num_heads, self.cfg.head_dim

@@ -448,7 +448,7 @@ class SimulatedModel:
     def describe_attention(self):
         return "none: a simulation"
 
-    def padded_rows(self, num_gpu, num_cpu):
+    def padded_rows(self, num_gpu, num_cpu, num_prefill=0):
         return num_gpu, num_cpu
 
     @staticmethod

@@ -206,8 +206,10 @@ def run_floor(args):
                       "over_floor": over})
         tqdm.write(f"batch {n:4d}: {ms:8.2f} ms, floor {floor_ms:8.2f} ms, {over:.2f}x")
     captures = llm.model.captures
+    graphs = captures and {"passes": len(captures.passes), "bytes": captures.spent}
+    del captures                        # it holds the model
     saved = {"limits": limits, "rows": found,
-             "graphs": captures and {"passes": len(captures.passes), "bytes": captures.spent},
+             "graphs": graphs,
              "kv_budget_gpu_tokens": llm.kv_budget["gpu"],
              "card": llm.describe().splitlines()}
     if args.peer:
