@@ -244,13 +244,60 @@ def test_any_order_gives_the_same_tokens(strategy, fake, expected):
         assert s["cpu_decode_tokens"] and s["cpu_prefills"] and llm.model.captures.stages
 
 
+def swap_there_and_back(cuda, seed):
+    """Blocks that the GPU has just been told to write go to the CPU tier, others take their place,
+    and they come back -> are they what was written?"""
+    cuda.rng.seed(seed)
+    kv = KVCache((2, 1, 4), 2, {"gpu": 9, "cpu": 9}, 32,
+                 dict.fromkeys(("gpu", "cpu"), torch.float32), torch.float32, torch.device("cpu"))
+    gpu = kv.tiers["gpu"]
+
+    def write(request, value):
+        blocks = list(kv.sequences[request].blocks)
+        for tensor in (gpu.k, gpu.v):
+            kv.launch(lambda tensor=tensor: tensor.index_fill_(1, torch.tensor(blocks), value))
+
+    def move(request, tier):
+        kv.swap([request], tier)
+        for layer in range(2):
+            kv.wait_swaps(layer)
+    kv.reserve("a", "gpu", 10)
+    write("a", 1.0)
+    move("a", "cpu")
+    kv.reserve("b", "gpu", 10)
+    write("b", 2.0)
+    if seed % 2:
+        move("a", "gpu")
+    cuda.synchronize()
+    tier = kv.tiers[kv.sequences["a"].tier]
+    kv.settle()
+    return all(bool((t[:, kv.sequences[name].blocks] == value).all())
+               for name, value, tier in (("a", 1.0, tier), ("b", 2.0, gpu))
+               for t in (tier.k, tier.v))
+
+
+def test_swaps_in_any_order(fake, monkeypatch):
+    monkeypatch.setattr(kvcache, "STAGE_BYTES", 128)        # two blocks a trip
+    cuda = fake(0)
+    assert all(swap_there_and_back(cuda, seed) for seed in range(100))
+
+
+@pytest.mark.parametrize("owner, attribute, instead", [
+    (Stream, "wait_stream", lambda self, other: None),
+    (KVCache, "_mark", staticmethod(lambda: Event(None))),
+    (KVCache, "wait_swaps", lambda self, layer: None),
+])
+def test_swaps_without_a_wait(owner, attribute, instead, fake, monkeypatch):
+    """The copy out follows what the GPU does with these blocks; the host touches a half of the
+    buffer when its copy has ended; who swaps waits for the blocks."""
+    monkeypatch.setattr(kvcache, "STAGE_BYTES", 128)
+    cuda = fake(0)
+    monkeypatch.setattr(owner, attribute, instead)
+    assert not all(swap_there_and_back(cuda, seed) for seed in range(100))
+
+
 def nothing(*args, **kwargs):
     pass
-
-
-def at_once(*args, **kwargs):
-    """An event that has passed."""
-    return Event(None)
 
 
 WAITS = {   # name -> (strategy, object, attribute, what takes its place)

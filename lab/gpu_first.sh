@@ -62,9 +62,12 @@ measure ceilings 60 -m lab.gpu_limits ceilings
 measure floor-7b 90 -m lab.gpu_limits floor --model llama-7b --batches 1,16,64
 measure 7b-16gib 120 bench.py --model llama-7b --gpu-mem 16 --input-len 500 --output-len 200 \
     --num-prompts 40
+measure linear-8b 60 -m lab.gpu_limits linear --model llama-8b
 measure floor-8b 90 -m lab.gpu_limits floor --model llama-8b --batches 1,16,64
 measure floor-70b 120 -m lab.gpu_limits floor --model llama-70b --batches 1,8 --input-len 500
 measure peer-7b 90 -m lab.gpu_limits floor --model llama-7b --batches 64 --peer 64
+measure 7b-timeline 60 bench.py --model llama-7b --gpu-mem 16 --strategies neo --input-len 500 \
+    --output-len 30 --num-prompts 30 --timeline "$out/7b-timeline.html"
 measure 7b-24gib 120 bench.py --model llama-7b --gpu-mem 24 --input-len 500 --output-len 200 \
     --num-prompts 80
 measure 70b 240 bench.py --model llama-70b --strategies gpu-only,neo --input-len 1000 \

@@ -6,7 +6,7 @@
     python -m lab.gpu_limits linear --model llama-8b
                                         a layer's linear parts, 1 to 512 rows, against the roofline
 
-Without a GPU both measure the cores that play it, which says nothing about a GPU. gpu_table.sh has
+Without a GPU both measure the cores that play it, which says nothing about a GPU. gpu_first.sh has
 the commands behind the GPU table. Of the engine this knows LLM's methods, its memory budget and
 which requests decode. Test: pytest lab -k limits
 """

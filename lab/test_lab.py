@@ -169,8 +169,8 @@ def test_gpu_limits(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_gpu_table_needs_a_gpu():
-    done = subprocess.run(["bash", "lab/gpu_table.sh", "1"], cwd=ROOT, capture_output=True,
+def test_gpu_checks_need_a_gpu():
+    done = subprocess.run(["bash", "lab/gpu_first.sh"], cwd=ROOT, capture_output=True,
                           text=True, env=os.environ | {"PYTHON": sys.executable})
     assert done.returncode == 1 and "torch sees none" in done.stderr
 
