@@ -183,7 +183,7 @@ class Captures:
             self.spent += cost
             return replays
         except RuntimeError as error:       # torch.OutOfMemoryError, AcceleratorError: all of it
-            self.budget = 0                 # after a failed capture, no other one can be trusted
+            self.budget = -1                # after a failed capture, no other one can be trusted
             reason = str(error).strip().split("\n")[0]
             warnings.warn(f"could not capture {what} ({reason}): sizes that are not captured yet "
                           "are launched kernel by kernel", stacklevel=2)

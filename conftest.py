@@ -6,6 +6,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
+# Threads that wait for work sleep: tests run side by side. Read when torch and Numba start theirs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 
@@ -18,7 +21,7 @@ if not torch.cuda.is_available():
 
 import measure  # noqa: E402  it reads XDG_CACHE_HOME
 
-measure.PROFILE_SECONDS = 2.0       # tests need a profile, not a good one
+measure.PROFILE_SECONDS = 0.5       # tests need a profile, not a good one
 ROOT = Path(__file__).resolve().parent
 
 

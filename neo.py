@@ -306,7 +306,7 @@ class LLM:
                 self.flight = Flight(plan, sampled, outs, result, start)
                 return landed
             with self._model_time():
-                tokens = sample(result, outs)
+                tokens = sample(result.logits, outs, result.arrived())
 
             # 4) Commit: tokens are appended, finished requests leave, text grows.
             outs = [out for out in outs if out.finish_reason is None]

@@ -8,14 +8,16 @@ import torch
 SAMPLED_AT_ONCE = 64    # rows: `draw` holds several tensors as large as their logits
 
 
-def sample(result, outs):
-    """perfmodel.Result with one row per output -> S token ids.
+def sample(logits, outs, best=None):
+    """logits [S, V] float32, one row per output -> S token ids.
+
+    best  a list of the tokens of the largest logits, if they are known
 
     Greedy rows take the largest logit. Each other row draws one number from its own generator, so
     neither the batch nor the order of requests changes what it draws. Log-probabilities, where
     asked for, are the model's own: before temperature, penalties and truncation.
     """
-    tokens, logits = result.arrived(), result.logits
+    tokens = logits.argmax(-1).tolist() if best is None else best
     for rows in _groups(i for i, out in enumerate(outs)
                         if out.params.temperature or out.params.changes_logits):
         chosen = _choose(logits[rows], [outs[i] for i in rows])

@@ -30,6 +30,7 @@ from hypothesis import strategies as st
 import bench
 import chat
 import cpu_attn
+import gpu_attn
 import hub
 import measure
 import neo
@@ -1559,6 +1560,21 @@ def test_gpu_blocks_are_what_weights_and_measured_activations_leave(monkeypatch)
         count(16 / 1024)
 
 
+def test_what_a_gpu_cannot_do_is_said_at_start(monkeypatch):
+    """bf16 on a T4, and a torch that is too old for the kernels."""
+    cuda, cfg = torch.device("cuda"), PRESETS["llama-7b"]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: "Tesla T4")
+    assert startup.resolve_dtype("auto", cfg, cuda) == torch.float16
+    for dtype in ("bf16", "bfloat16"):
+        with pytest.raises(ValueError, match="Tesla T4 has no bf16.*--dtype fp16"):
+            startup.resolve_dtype(dtype, cfg, cuda)
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
+    with pytest.raises(ValueError, match="torch 2.9.1.*torch>=2.10.*--gpu-attn torch"):
+        gpu_attn.choose("triton", cuda, torch.float16)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_asked_for_without_cuda():
     with pytest.raises(ValueError, match="--device cpu"):
@@ -1569,16 +1585,19 @@ def test_pipelining_overlaps_cpu_attention_with_gpu_work(tmp_path):
     """From the timeline's own spans: while the CPU attends for one sub-batch, the GPU works on the
     other."""
     llm = LLM("llama-160m", "symmetric", device="cpu", max_model_len=512)
-    recorder = timeline.Recorder(llm)
-    llm.generate([[1] * 200] * 8, SamplingParams(max_tokens=4, ignore_eos=True))
-    spans = [s for it in recorder.iterations for s in it.spans]
-    gpu = [s for s in spans if s.lane == "gpu"]
-    cpu = [s for s in spans if s.lane == "cpu"]
 
     def overlap(a, b):
         return max(0.0, min(a.end, b.end) - max(a.start, b.start))
 
-    both = sum(overlap(c, g) for c in cpu for g in gpu if c.sub_batch != g.sub_batch)
+    for _ in range(4):  # other tests may run beside this one
+        recorder = timeline.Recorder(llm)
+        llm.generate([[1] * 200] * 8, SamplingParams(max_tokens=4, ignore_eos=True))
+        spans = [s for it in recorder.iterations for s in it.spans]
+        gpu = [s for s in spans if s.lane == "gpu"]
+        cpu = [s for s in spans if s.lane == "cpu"]
+        both = sum(overlap(c, g) for c in cpu for g in gpu if c.sub_batch != g.sub_batch)
+        if both > 0.3 * sum(c.end - c.start for c in cpu):
+            break
     own = sum(
         overlap(c, g)
         for c in cpu

@@ -125,7 +125,8 @@ class Event:
             (stream or self.cuda.current()).items.append(partial(setattr, self, "passed", True))
 
     def synchronize(self):
-        self.cuda.run_until(lambda: self.passed)
+        if not self.passed:
+            self.cuda.run_until(lambda: self.passed)
 
     def elapsed_time(self, other):
         return 0.0
@@ -248,7 +249,7 @@ def swap_there_and_back(cuda, seed):
     """Blocks that the GPU has just been told to write go to the CPU tier, others take their place,
     and they come back -> are they what was written?"""
     cuda.rng.seed(seed)
-    kv = KVCache((2, 1, 4), 2, {"gpu": 9, "cpu": 9}, 32,
+    kv = KVCache((2, 1, 4), 2, {"gpu": 10, "cpu": 10}, 32,
                  dict.fromkeys(("gpu", "cpu"), torch.float32), torch.float32, torch.device("cpu"))
     gpu = kv.tiers["gpu"]
 
@@ -317,3 +318,43 @@ def test_without_a_wait_some_order_differs(name, fake, expected, monkeypatch):
     llm = make(strategy)
     monkeypatch.setattr(owner, attribute, instead)
     assert orders_that_differ(llm, cuda, strategy, expected, 30)
+
+
+# ------------------------------------------------------------------------- captures that fail
+
+def failing_captures(monkeypatch, calls, fails):
+    """CudaQueue.capture notes its calls, and raises from call number `fails` on."""
+    def capture(self, what):
+        calls.append(what)
+        if len(calls) >= fails:
+            raise torch.AcceleratorError("CUDA error: out of memory")
+        return what
+    monkeypatch.setattr(queues.CudaQueue, "capture", capture)
+
+
+def test_a_failed_capture_is_said_once_and_never_repeated(fake, expected, monkeypatch):
+    """An error of CUDA in a capture costs the graphs of later sizes, nothing else."""
+    cuda, calls = fake(0), []
+    failing_captures(monkeypatch, calls, 4)
+    with pytest.warns(UserWarning, match="out of memory.*kernel by kernel") as warned:
+        llm = make("gpu-only")
+    num_captured = sum(x is not None for x in llm.model.captures.passes.values())
+    assert len(calls) == 4 and num_captured in (1, 2, 3)    # stages of the warm-up are among them
+    assert orders_that_differ(llm, cuda, "gpu-only", expected, 2) == 0
+    assert len(calls) == 4 and sum("kernel by kernel" in str(w.message) for w in warned) == 1
+
+
+def test_captures_end_with_their_budget(fake, expected, monkeypatch):
+    cuda, free = fake(0), [1000]
+
+    def spend(self):                        # every second call comes after a capture
+        free[0] -= 5
+        return free[0]
+    monkeypatch.setattr(queues.CudaQueue, "free_bytes", spend)
+    llm = make("gpu-only")
+    captures = llm.model.captures
+    captures.budget, made = captures.spent + 12, []
+    captures.passes.clear()
+    monkeypatch.setattr(queues.CudaQueue, "capture", lambda self, calls: made.append(1) or calls)
+    assert orders_that_differ(llm, cuda, "gpu-only", expected, 2) == 0
+    assert len(made) == 2 and captures.spent <= captures.budget     # 5 bytes each
