@@ -410,8 +410,11 @@ class KVCache:
         gpu_lens = np.zeros(gpu_rows, np.int32)
         gpu_lens[:num_gpu] = lens[gpu]
         gpu_slots = padded(slots, -1)[num_stored:first_cpu]
-        pending = [i for i, r in enumerate(requests[num_prompts:], num_prefill) if r.num_pending]
-        late_from = [late[1][r.id] for r in requests[num_prompts:] if r.num_pending]
+        pending, late_from = [], []
+        if late:
+            pending = [i for i, r in enumerate(requests[num_prompts:], num_prefill)
+                       if r.num_pending]
+            late_from = [late[1][r.id] for r in requests[num_prompts:] if r.num_pending]
         host_slots = np.full(first_cpu + cpu_rows, -1)
         host_slots[first_cpu:first_cpu + num_cpu] = np.arange(num_cpu)
         on_device = self._to_device(tokens=padded(tokens), positions=padded(positions),

@@ -309,7 +309,8 @@ class LLM:
                 tokens = sample(result.logits, outs, result.arrived())
 
             # 4) Commit: tokens are appended, finished requests leave, text grows.
-            outs = [out for out in outs if out.finish_reason is None]
+            if landed:                      # which may have ended some of them
+                outs = [out for out in outs if out.finish_reason is None]
             self.scheduler.commit(plan, tokens)
             for out in outs:
                 self._grow(out)

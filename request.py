@@ -33,7 +33,7 @@ class Request:
 
     @property
     def num_tokens(self):
-        return len(self.prompt) + self.num_output
+        return len(self.prompt) + len(self.output) + self.num_pending
 
     @property
     def num_output(self):

@@ -335,13 +335,13 @@ def failing_captures(monkeypatch, calls, fails):
 def test_a_failed_capture_is_said_once_and_never_repeated(fake, expected, monkeypatch):
     """An error of CUDA in a capture costs the graphs of later sizes, nothing else."""
     cuda, calls = fake(0), []
-    failing_captures(monkeypatch, calls, 4)
+    failing_captures(monkeypatch, calls, 7)     # the warm-up has three or four, of stages
     with pytest.warns(UserWarning, match="out of memory.*kernel by kernel") as warned:
         llm = make("gpu-only")
     num_captured = sum(x is not None for x in llm.model.captures.passes.values())
-    assert len(calls) == 4 and num_captured in (1, 2, 3)    # stages of the warm-up are among them
+    assert len(calls) == 7 and num_captured in (2, 3)
     assert orders_that_differ(llm, cuda, "gpu-only", expected, 2) == 0
-    assert len(calls) == 4 and sum("kernel by kernel" in str(w.message) for w in warned) == 1
+    assert len(calls) == 7 and sum("kernel by kernel" in str(w.message) for w in warned) == 1
 
 
 def test_captures_end_with_their_budget(fake, expected, monkeypatch):
