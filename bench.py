@@ -88,7 +88,8 @@ def run_workload(llm, strategy, work, trace=None, quiet=False):
             now = llm.clock() - start
             for out in stepped:
                 times[out.request_id].append(now)
-                bar.update(out.finish_reason is not None)
+            finished = {out.request_id for out in stepped if out.finish_reason}
+            bar.update(len(finished))
     except KeyboardInterrupt:
         interrupted = True
         for request_id in list(llm.outputs):

@@ -47,7 +47,8 @@ class Captures:
         self.logits, self.best = model.head_rows(self.most_rows)        # of whole passes
         self.passes = {}        # rows -> (replay, logits, best), or None: not captured
         self.stages = {}        # (stage, index, rows) -> replays of the layers, or None
-        self.spent = self.cost = 0          # bytes: of all captures, of the last one
+        self.spent = 0                      # bytes of all captures
+        self.costs = {}                     # kind -> bytes of its last capture
         self.captured_now = False           # did the last run stop to capture something?
         for index in range(RESERVED):
             self._reserve(index)
@@ -76,11 +77,14 @@ class Captures:
         return num_gpu, up(before + num_cpu) - before if num_cpu or num_prefill else 0
 
     def capture_passes(self, kv, most):
-        """Capture whole passes of all sizes that GPU rows are padded to, up to `most` rows, while
-        the budget lasts. The largest comes first: its temporaries serve all others."""
+        """Capture whole passes of all sizes that GPU rows are padded to, up to `most` rows, and
+        linear stages of as many rows, while the budget lasts. The largest comes first: its
+        temporaries serve all others."""
         sizes = sorted({up(n) for n in range(1, min(most, self.most_rows) + 1)})
         for n in tqdm(sizes[-1:] + sizes[:-1], "CUDA graphs", disable=None, leave=False):
             self._capture_pass(n, kv)
+        for n in sizes:         # of iterations with prompts; sub-batch B's are made when used
+            self._stage("linear", 0, n, kv)
 
     def whole_pass(self, b, kv):
         """-> (replay, logits, best: where it writes) for a sub-batch that runs alone, after copying
@@ -103,14 +107,9 @@ class Captures:
         num_gpu = 0 if b.num_prefill else num_gpu       # rows whose attention is captured
         if index not in self.static:
             self._reserve(index)
-        replays = {}
-        for stage, rows in (("linear", N), ("attend", num_gpu)):
-            key = stage, index, rows
-            if rows and key not in self.stages:
-                call = getattr(self, f"_{stage}_calls")
-                self.stages[key] = self._capture(call(index, rows, kv), f"{stage} of {rows} rows")
-            replays[stage] = self.stages.get(key)
-        if not replays["linear"] or (num_gpu and not replays["attend"]):
+        linear_replays = self._stage("linear", index, N, kv)
+        attend_replays = self._stage("attend", index, num_gpu, kv) if num_gpu else ()
+        if linear_replays is None or attend_replays is None:
             return None
         act = self._fill(b)
 
@@ -118,8 +117,16 @@ class Captures:
             if b.num_prefill:
                 self.model.attend(b, act, kv, layer)
             elif num_gpu:               # without GPU rows there is no attention to launch
-                replays["attend"][layer]()
-        return act, lambda layer: replays["linear"][layer](), attend
+                attend_replays[layer]()
+        return act, lambda layer: linear_replays[layer](), attend
+
+    def _stage(self, stage, index, rows, kv):
+        """Replays of a stage's layers, captured now if need be; None: not captured."""
+        key = stage, index, rows
+        if key not in self.stages:
+            calls = getattr(self, f"_{stage}_calls")(index, rows, kv)
+            self.stages[key] = self._capture(calls, stage, rows)
+        return self.stages[key]
 
     def _fill(self, b):
         """Copy a sub-batch to its static memory -> its Activations."""
@@ -166,12 +173,12 @@ class Captures:
                 model.attend(b, act, kv, i)
             model.linear(b, act, L)
             model.head([act], logits, best)
-        replays = self._capture([run], f"the pass of {N} rows")
+        replays = self._capture([run], "pass", N)
         self.passes[N] = (replays[0], logits, best) if replays else None
 
-    def _capture(self, calls, what):
+    def _capture(self, calls, kind, rows):
         """Replays of the calls, or None once the budget is spent or a capture has failed."""
-        if self.spent + self.cost > self.budget:
+        if self.spent + self.costs.get(kind, 0) > self.budget:
             return None
         self.captured_now = True
         queue = self.model.queue
@@ -179,12 +186,13 @@ class Captures:
             free = queue.free_bytes()
             replays = queue.capture(calls)
             cost = max(0, free - queue.free_bytes())
-            self.cost = cost if self.spent else 0       # the first one's is mostly temporaries'
+            if self.spent:                  # the first one's is mostly temporaries'
+                self.costs[kind] = cost
             self.spent += cost
             return replays
         except RuntimeError as error:       # torch.OutOfMemoryError, AcceleratorError: all of it
             self.budget = -1                # after a failed capture, no other one can be trusted
             reason = str(error).strip().split("\n")[0]
-            warnings.warn(f"could not capture {what} ({reason}): sizes that are not captured yet "
-                          "are launched kernel by kernel", stacklevel=2)
+            warnings.warn(f"could not capture {kind} of {rows} rows ({reason}): sizes that are not "
+                          "captured yet are launched kernel by kernel", stacklevel=2)
             return None

@@ -132,9 +132,11 @@ class TorchAttention(Backend):
             if qi.is_cuda and G > 1:    # kernels without [n, m] scores in memory need equal heads
                 ki, vi = (x.repeat_interleave(G, 1) for x in (ki, vi))
             mask = {"is_causal": True}
-            if n < m:                   # a chunk. Its import takes a second, so it is done here
+            if n < m and qi.is_cuda:    # a chunk, without [n, m] scores. The import takes seconds
                 from torch.nn.attention.bias import causal_lower_right
                 mask = {"attn_mask": causal_lower_right(n, m)}
+            elif n < m:
+                mask = {"attn_mask": torch.ones(n, m, dtype=torch.bool).tril(m - n)}
             o = F.scaled_dot_product_attention(
                 qi, ki, vi, scale=scale, enable_gqa=ki.shape[1] != qi.shape[1], **mask)
             out[start:end] = o[0].transpose(0, 1)

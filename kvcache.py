@@ -12,7 +12,7 @@ A tier in int8 has D + 4 bytes in place of D numbers: see kv_format.py.
 `bind` turns a scheduler's Batch into a `SubBatch`: the integers that the model needs, as tensors.
 The scheduler counts blocks in order to plan; this file owns them, and asserts that the counts were
 right: running short here is a scheduler bug. Knows no text, policy or model maths; of a request it
-reads id, tier, num_cached, num_scheduled and tokens. Glossary of symbols: model.py.
+reads its id, tier, counts and tokens. Glossary of symbols: model.py.
 """
 import mmap
 import time

@@ -27,8 +27,9 @@ from startup import CARD_SHARE, CUDA_SHARE, GIB, device_name, fmt_gib
 GRAPH_BYTES = 1 << 30       # set aside for CUDA graphs, which torch does not count: at most this,
 GRAPH_SHARE = 0.06          # and this share of what weights and activations leave
 CONTEXT_BYTES = 1 << 30     # most that the CUDA context and kernels take, as far as we know
+MOST_PROFILED = 64          # CPU decodes that the profile runs at once
 PROFILE_SECONDS = 8.0       # time for measuring the profile; what does not fit is left out
-PROFILE_VERSION = 7         # change it when what is measured changes
+PROFILE_VERSION = 8         # change it when what is measured changes
 
 
 PROFILE_DIR = cache_folder()
@@ -252,7 +253,7 @@ def measure_profile(model, kv, budget):
     tier = "cpu" if cpu_tokens else "gpu"
     prompts = list(prompt_lengths(budget, kv.tiers[tier].num_blocks))
     longest = min(budget.max_model_len, 1024)
-    cpu_cases = [(n, part) for n in (1, 4, 16, 64) for part in (4, 1)]
+    cpu_cases = [(n, part) for n in (1, 4, 16, MOST_PROFILED) for part in (4, 1)]
     gpu_cases = (1, 4), (1, 2), (1, 1), (8, 1), (64, 1), (256, 1)
     num_points = len(prompts) + len(cpu_cases) + len(gpu_cases)
     bar = tqdm(total=num_points, desc="profile of one layer", disable=None, leave=False)
@@ -318,11 +319,12 @@ def time_stages(model, kv, requests, kind, deadline):
         model.run([b], kv, depth)
         spans = model.spans                             # waits for the GPU
         deadline.pass_seconds = time.perf_counter() - start
-        if repeat == 0 and (deadline.pass_seconds < 0.5 or kind != "prefill"):
+        if model.captured or (
+                repeat == 0 and (deadline.pass_seconds < 0.5 or kind != "prefill")):
             continue                # warm-up; for decodes also the first touch of their KV
         ms = Counter()
         for span in spans:
-            ms[counted_as(span, kind), span.layer] += 1e3 * (span.end - span.start)
+            ms[counted_as(span), span.layer] += 1e3 * (span.end - span.start)
         # `ends` is the embedding and the half layers before the first and after the last attention.
         ends, head = ms.pop(("linear", 0)) + ms.pop(("linear", L)), ms.pop(("head", L))
         for (stage, _), value in ms.items():
@@ -337,12 +339,9 @@ def time_stages(model, kv, requests, kind, deadline):
     return {stage: statistics.median(values) for stage, values in times.items() if values}
 
 
-def counted_as(span, kind):
-    """The stage whose time a span belongs to. Emulated GPU: the worker thread makes the copies, so
-    their time counts as linear. CUDA: a copy engine makes them, so it counts as time of the CPU
-    decodes, or of moving the prompts' KV."""
-    if span.lane == "move" or (span.lane == "copy" and kind == "prefill"):
+def counted_as(span):
+    """The stage whose time a span belongs to. The KV of prompts is moved; but where a thread plays
+    the GPU, it makes the copies to the host, so their time counts as linear."""
+    if span.lane in ("move", "copy"):
         return "move"
-    if span.lane == "copy":
-        return "cpu_attend"
     return "linear" if span.stage == "send" else span.stage

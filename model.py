@@ -482,7 +482,7 @@ class Model:
 
     def describe_attention(self):
         """Which attention runs in either tier, in words."""
-        launches = ", decodes in CUDA graphs" if self.may_capture else ", launched one by one"
+        launches = ", in CUDA graphs" if self.may_capture else ", launched one by one"
         launches = launches if self.device.type == "cuda" else ""
         return (f"GPU tier: {self.attn.describe()}{launches}; CPU tier: "
                 f"{cpu_attn.describe(self.cpu_path)}")

@@ -28,7 +28,7 @@ from gpu_attn import choose
 from hub import find_model
 from kv_format import NAMES
 from kvcache import KVCache
-from measure import measure_gpu_blocks, profile_points, warm_up
+from measure import MOST_PROFILED, measure_gpu_blocks, profile_points, warm_up
 from model import Model
 from options import Options, Parser, add_engine_flags, engine_options
 from perfmodel import Prediction, Profile, Roofline, SimulatedModel, busy_seconds, find_testbed
@@ -52,12 +52,15 @@ TIMED_EVERY = 32        # on CUDA one iteration in 32 is timed stage by stage, w
 
 
 class Flight(NamedTuple):
-    """An iteration whose tokens the GPU still computes while the next one is planned."""
+    """An iteration that was launched. It may be in flight: the GPU still computes its tokens while
+    the next one is planned."""
     plan: object            # plan.Plan
     sampled: list           # its Requests that get a token,
     outs: list              # and their RequestOutputs
-    result: object          # perfmodel.Result
+    result: object          # perfmodel.Result; without logits if it stays in flight
     start: float            # of the iteration, by the engine's clock
+    number: int             # of the iteration, and
+    counts: list            # Batch.counts of each sub-batch: the next plan may change a prompt's
 
 
 class LLM:
@@ -111,7 +114,8 @@ class LLM:
             self.gpu_threads, self.cpu_threads, attn, cpu_path, options.eager, options.seed)
         torch.set_num_threads(self.gpu_threads or cores)    # this thread samples: the GPU idles
         self.load_seconds = time.perf_counter() - start
-        self.model.allow_captures(-(-budget.max_model_len // budget.block_size), self.max_num_seqs)
+        self.model.allow_captures(-(-budget.max_model_len // budget.block_size),
+                                  max(self.max_num_seqs, MOST_PROFILED))
         if on_cuda(self.device):
             most = measure_gpu_blocks(self.model, budget, options.gpu_mem)
             if options.gpu_blocks and options.gpu_blocks > most:
@@ -120,6 +124,8 @@ class LLM:
                                  "--max-batch-tokens")
             budget.num_blocks["gpu"] = options.gpu_blocks or most
             budget.check_length(options.strategy, tiers, options.max_model_len)
+            if options.gpu_memory_utilization:
+                budget.card = ""            # it names no card
         self.kv = KVCache(self.model.kv_geometry, budget.block_size, budget.num_blocks,
                           budget.max_model_len, budget.kv_dtypes, budget.row_dtype, self.device)
         self.clock, self.wait = time.perf_counter, time.sleep
@@ -255,9 +261,9 @@ class LLM:
     # ---- tokens out
 
     def step(self):
-        """One iteration. Returns the outputs that got a token: none when nothing is in flight, when
-        all rows belong to prompts with more chunks to come, or when the tokens come with the next
-        step.
+        """One iteration. Returns an output for each token that came: none when nothing is in
+        flight, when all rows belong to prompts with more chunks to come, or when the tokens come
+        with the next step; then an output may be there twice.
 
         On CUDA an iteration of the GPU tier alone is left in flight, and its tokens are recorded
         behind the launch of the next one: see `_may_leave`.
@@ -278,8 +284,6 @@ class LLM:
             if self.flight and (plan.host_works or any(r.num_pending for r in plan.prefill)):
                 landed = self._land()
                 plan.leave_out([out.request for out in landed if out.finish_reason])
-            if not plan.batches:
-                return landed + self._land()
 
             # 2) Bind: blocks are freed, moved and reserved; rows become tensors.
             late = self.flight and (self.flight.result.best, {
@@ -289,6 +293,8 @@ class LLM:
             for requests, tier in ((plan.swap_out, "cpu"), (plan.swap_in, "gpu")):
                 if requests:
                     self.kv.swap([r.id for r in requests], tier)
+            if not plan.batches:            # all of them ended when the last iteration landed
+                return landed
             sub_batches = [self.kv.bind(batch, i, self.model.padded_rows, late)
                            for i, batch in enumerate(plan.batches)]
 
@@ -300,10 +306,12 @@ class LLM:
             self.model.timed = timed
             with self._model_time():
                 result = self.model.run(sub_batches, self.kv)
+            flight = Flight(plan, sampled, outs, result._replace(logits=None), start,
+                            self.scheduler.iteration, [b.counts() for b in plan.batches])
             landed += self._land()          # the iteration before, behind the launch of this one
             if self._may_leave(plan, outs, timed):
                 self.scheduler.advance(plan)
-                self.flight = Flight(plan, sampled, outs, result, start)
+                self.flight = flight
                 return landed
             with self._model_time():
                 tokens = sample(result.logits, outs, result.arrived())
@@ -316,7 +324,7 @@ class LLM:
                 self._grow(out)
 
             # 5) Measure: correct the predictions.
-            self._measure(plan, self.model.spans, start)
+            self._measure(flight, self.model.spans)
             return landed + outs
         except BaseException:
             if before and not plan:
@@ -359,7 +367,7 @@ class LLM:
         self.scheduler.arrive(flight.sampled, tokens)
         for out in outs:
             self._grow(out)
-        self._measure(flight.plan, [], flight.start)
+        self._measure(flight, [])
         self.flight = None
         return outs
 
@@ -392,30 +400,28 @@ class LLM:
         self.kv.release(out.request_id)
         self.outputs.pop(out.request_id, None)
 
-    def _measure(self, plan, spans, start):
-        """After an iteration: count its times, correct the predictions, tell who listens.
-
-        start  of the iteration. If it was in flight, the one before may have ended later
-        """
-        s, busy, end = self.scheduler, busy_seconds(spans), self.clock()
-        wall, self.last_end = end - max(start, self.last_end), end
+    def _measure(self, flight, spans):
+        """After an iteration: count its times, correct the predictions, tell who listens. If it was
+        in flight, the one before may have ended after its start."""
+        plan, busy, end = flight.plan, busy_seconds(spans), self.clock()
+        wall, self.last_end = end - max(flight.start, self.last_end), end
         for name, value in (("wall", wall), ("timed", wall if spans else 0.0),
                             ("gpu_busy", busy["gpu"]), ("cpu_busy", busy["cpu"])):
             self.seconds[name] += value
-        measured = Prediction(1e3 * wall, 1e3 * busy["gpu"],
-                              1e3 * (busy["cpu"] + busy["copy"]))
+        measured = Prediction(1e3 * wall, 1e3 * busy["gpu"], 1e3 * busy["cpu"])
         predicted_ms = plan.predicted.total_ms if plan.predicted else float("nan")
         if plan.predicted and not self.model.captured:
             self.errors.append(abs(predicted_ms / measured.total_ms - 1))
             if spans:
                 self.perf.observe(plan.predicted, measured)
         if self.verbose:
-            rows = " | ".join("prefill {:5d} gpu {:3d} cpu {:3d}".format(*b.counts())
-                              for b in plan.batches)
-            print(f"iteration {s.iteration:5d}  {rows}  waiting {len(s.waiting):3d}  predicted "
+            rows = " | ".join("prefill {:5d} gpu {:3d} cpu {:3d}".format(*counts)
+                              for counts in flight.counts)
+            waiting = len(self.scheduler.waiting)
+            print(f"iteration {flight.number:5d}  {rows}  waiting {waiting:3d}  predicted "
                   f"{predicted_ms:8.1f} ms  measured {measured.total_ms:8.1f} ms", file=sys.stderr)
         if self.on_iteration:
-            self.on_iteration(plan, spans, start, end)
+            self.on_iteration(plan, spans, flight.start, end)
 
     def generate(self, prompts, params=None):
         """Continue every prompt; returns outputs in the order of the prompts.

@@ -54,7 +54,7 @@ class Prediction(NamedTuple):
 
 class Span(NamedTuple):
     """Who worked on what, when. The model records one span for each stage of each layer."""
-    lane: str               # "gpu", "cpu", "copy" (to and from the host) or "move" (KV of prompts)
+    lane: str               # "gpu", "cpu", "copy" (to the host) or "move" (KV of prompts)
     stage: str              # "linear", "attend", "send", "cpu_attend", "store", "fetch", "head"
     #                         or "pass"; of a simulation's timeline also "swap"
     layer: int

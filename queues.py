@@ -4,7 +4,8 @@ One interface for both:
 
     begin(timed)                       a new run: forget the spans of the last one
     submit(stage, layer, index, fn)    fn(layer), in order, without waiting for it
-    launch(fn)                         fn(), before the first `submit` of a run
+    launch(fn)                         fn(), which writes only what a sub-batch owns, before its
+                                       first `submit`
     mark()                             a handle on all that was submitted so far, for `wait`
     send(stage, layer, index, fn)      a copy to the host, after what was submitted -> a handle
     wait(handle)                       until this is done
@@ -85,7 +86,7 @@ class ThreadQueue:
 
     @staticmethod
     def launch(fn):
-        """At once: the worker is idle before a run."""
+        """At once: it writes what nothing that was submitted reads."""
         fn()
 
     def wait(self, job):
@@ -130,7 +131,8 @@ class CudaQueue:
     def begin(self, timed=True):
         self.spare_events += [event for *_, start, end in self.records for event in (start, end)]
         self.records, self.timed = [], timed
-        if timed:
+        if timed:                   # the iteration before may still be in flight
+            torch.cuda.current_stream().synchronize()
             self.base_time, self.base = time.perf_counter(), self._time()
 
     def _time(self):

@@ -25,6 +25,7 @@ import neo
 import queues
 from kvcache import KVCache
 from neo import LLM, SamplingParams
+from plan import Batch
 from strategies import STRATEGIES
 
 ORDERS = int(os.environ.get("NEO_EXAMPLES", 40))      # of each strategy
@@ -358,3 +359,61 @@ def test_captures_end_with_their_budget(fake, expected, monkeypatch):
     monkeypatch.setattr(queues.CudaQueue, "capture", lambda self, calls: made.append(1) or calls)
     assert orders_that_differ(llm, cuda, "gpu-only", expected, 2) == 0
     assert len(made) == 2 and captures.spent <= captures.budget     # 5 bytes each
+
+
+# --------------------------------------------------------------------- iterations in flight
+
+def test_streams_of_clients_end_while_iterations_are_in_flight(fake, expected):
+    """The engine's thread sends every token once, also where two came with one step."""
+    import asyncio
+
+    from server.engine_thread import EngineThread
+    fake(0)
+    llm = make("gpu-only", max_num_seqs=8)          # fewer than the profile runs at once
+    engine, got = EngineThread(llm), {}
+
+    async def read():
+        prompts = work(llm.cfg.vocab_size)
+        params = [SamplingParams(max_tokens=1 + i, ignore_eos=True) for i in range(len(prompts))]
+        stream = engine.submit(prompts, params)
+        async for delta in stream:
+            got.setdefault(delta.index, []).extend(delta.token_ids)
+        assert not stream.error
+    asyncio.run(asyncio.wait_for(read(), 60))
+    engine.close()
+    engine.join(20)
+    assert [got[i] for i in range(8)] == [ids[:1 + i] for i, ids in enumerate(expected)]
+    assert not llm.kv.sequences
+
+
+@pytest.mark.parametrize("end", ["preempt", "swap"])
+def test_all_of_a_plan_ended_while_it_was_made(end, fake):
+    """The rows of a plan end when the iteration before lands. What else it says is done still."""
+    fake(0)
+    llm = make("gpu-only" if end == "preempt" else "neo")
+    stop = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=6, ignore_eos=True))[0].token_ids
+    llm.reset(llm.strategy)
+    ids = [llm.add_request([1, 2, 3], SamplingParams(max_tokens=9, ignore_eos=True,
+                                                     stop_token_ids=[stop[3]])),
+           llm.add_request([4, 5, 6], SamplingParams(max_tokens=9, ignore_eos=True))]
+    first, second = (llm.outputs[i] for i in ids)
+    while not (llm.flight and len(first.token_ids) == 3):
+        llm.step()
+    form = llm.scheduler.strategy.form
+
+    def leave_second_out(s, plan):
+        r = second.request
+        s.preempt(plan, r) if end == "preempt" else s.swap_out(plan, r)
+        return [Batch((), [first.request])]
+    llm.scheduler.strategy.form = leave_second_out
+    llm.step()
+    assert first.finish_reason == "stop"
+    llm.scheduler.strategy.form = form
+    held = {tier: sum(len(s.blocks) for s in llm.kv.sequences.values() if s.tier == tier)
+            for tier in ("gpu", "cpu")}
+    assert all(llm.scheduler.num_blocks[tier] - llm.scheduler.num_free[tier] == n
+               for tier, n in held.items())
+    while llm.outputs:
+        llm.step()
+    assert second.finish_reason == "length"
+    llm.kv.check()

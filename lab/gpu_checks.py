@@ -51,7 +51,7 @@ def check_tokens():
 
 
 def check_syncs():
-    """-> {strategy: {place in the code: waits}}, of iterations after the first 30."""
+    """-> {strategy: {place in the code: waits}}, of a second run of the same work."""
     found = {}
     for strategy in STRATEGIES:
         llm = LLM("tiny", strategy, device="cuda", **STARVED)

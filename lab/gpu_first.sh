@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The first ten minutes on a GPU: what may be wrong, in the order in which it would hurt, then speed.
+# The first half hour on a GPU: what may be wrong, in the order in which it would hurt, then speed.
 #
 #     bash lab/gpu_first.sh [FOLDER]      writes NAME.txt, NAME.json and summary.txt there (results/gpu)
 #     STEPS="tests floor-7b" bash lab/gpu_first.sh
@@ -39,7 +39,7 @@ tiny="neo.py --model tiny --device cuda --max-tokens 12 --gpu-blocks 14 --token-
 
 # 1. Does it compute the right thing?
 measure tokens 120 -m lab.gpu_checks tokens
-step blocking 60 "tokens differ only without CUDA_LAUNCH_BLOCKING: a wait is missing in queues.py" \
+step blocking 120 "tokens differ only without CUDA_LAUNCH_BLOCKING: a wait is missing in queues.py" \
     env CUDA_LAUNCH_BLOCKING=1 "$python" -m lab.gpu_checks tokens
 # Without torch's cache each tensor is an allocation of its own. Graphs need the cache.
 step memcheck 120 "a kernel reads or writes outside its tensors: kernels/triton_kernels.py" \

@@ -259,7 +259,8 @@ class EngineThread(threading.Thread):
         self.open.discard(stream)
 
     def _deliver(self, outs):
-        """Send what is new in some RequestOutputs to their readers."""
+        """Send what is new in some RequestOutputs to their readers. One may be there twice."""
+        outs = list({out.request_id: out for out in outs}.values())
         now, events, too_slow = time.perf_counter(), [], set()
         self.delivering = {self.in_flight[out.request_id].stream for out in outs}
         for out in outs:
