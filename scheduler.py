@@ -80,7 +80,7 @@ class Scheduler:
         self.iteration += 1
         plan, before = Plan(), ({t: dict(self.running[t]) for t in self.running}, len(self.waiting))
         for tier, requests in self.running.items():
-            needed = sum(self._blocks(r.num_tokens) for r in requests.values())
+            needed = sum(-(-r.num_tokens // self.block_size) for r in requests.values())
             self.slack[tier] = self.num_blocks[tier] - needed
         try:
             for tier in self.strategy.tiers:                # next tokens that do not fit
@@ -100,7 +100,8 @@ class Scheduler:
         check_speed(self, plan)
         for batch in plan.batches:
             for r in batch.gpu_decodes + batch.cpu_decodes:
-                self._hold(r, r.num_tokens)
+                if r.num_tokens > r.num_blocks * self.block_size:
+                    self._hold(r, r.num_tokens)
         self._count(plan)
         return plan
 

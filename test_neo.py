@@ -940,8 +940,8 @@ def test_padded_and_captured_decodes_give_the_same_tokens(strategy, monkeypatch)
     """What CUDA graphs need, without CUDA: decodes padded to a few sizes, in memory that stays, by
     kernels that skip padding. Prompts come and go in between."""
     pytest.importorskip("triton")
-    prompts = make_prompts(7, 512, 50, seed=4)
-    params = [SamplingParams(max_tokens=3 + i, ignore_eos=True) for i in range(7)]
+    prompts = make_prompts(6, 512, 40, seed=4)
+    params = [SamplingParams(max_tokens=2 + i, ignore_eos=True) for i in range(6)]
 
     def make(**kw):
         return LLM("tiny", strategy, device=GPU.type, dtype="fp32", max_model_len=80,

@@ -20,7 +20,7 @@ from strategies import STRATEGIES
 pytest.importorskip("prometheus_client")
 from server.engine_thread import EngineThread, failure_text  # noqa: E402
 
-NUM_FAULTS = int(os.environ.get("NEO_FAULTS", 2000))     # in all, over the strategies
+NUM_FAULTS = int(os.environ.get("NEO_FAULTS", 1000))     # in all, over the strategies
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {str(ROOT / f"{name}.py") for name in (
     "neo scheduler strategies aim plan perfmodel kvcache model queues sampling request gpu_attn "
