@@ -259,6 +259,11 @@ def times(x):
     return f"{x:.2f}x" if x < 100 else f"{x:.0f}x"
 
 
+def speed_up(before, after):
+    """How many times as fast, of two times in seconds, which may both be infinite."""
+    return 1.0 if before == after else before / after
+
+
 def advise(llm, lengths):
     """Advice for requests of these lengths, [(tokens in, tokens out)], on this engine (an LLM)."""
     budget, cfg, perf = llm.budget, llm.cfg, llm.new_perf()
@@ -287,14 +292,15 @@ def advise(llm, lengths):
         there = forecast(with_cpu_kv(perf, sizes[other], speed),
                          tokens | {"cpu": int(tokens["cpu"] * smaller)})
         gains = {this: here.gain, other: there.gain}
-    more = {}
+    more, faster = {}, {}
+    if tokens["cpu"]:
+        faster = {resource: forecast(*doubled(perf, tokens, resource))
+                  for resource in RESOURCES["neo"]}         # all that there are
     for name, resources in RESOURCES.items():
-        rates[name] = here.num_requests / here.seconds(name)
-        more[name] = {}
-        for resource in resources if tokens["cpu"] else ():
-            faster = forecast(*doubled(perf, tokens, resource))
-            seconds = here.seconds(name), faster.seconds(name)
-            more[name][resource] = 1.0 if seconds[0] == seconds[1] else seconds[0] / seconds[1]
+        seconds = here.seconds(name)
+        rates[name] = here.num_requests / seconds
+        more[name] = {resource: speed_up(seconds, faster[resource].seconds(name))
+                      for resource in resources if faster}
     state = here.state("neo")
     return Advice(
         num_requests=len(lengths), gpu_requests=tokens["gpu"] / kv, gpu_tokens=tokens["gpu"],

@@ -76,11 +76,12 @@ class Captures:
         before = num_prefill + num_gpu
         return num_gpu, up(before + num_cpu) - before if num_cpu or num_prefill else 0
 
-    def capture_passes(self, kv, most):
-        """Capture whole passes of all sizes that GPU rows are padded to, up to `most` rows, and
-        linear stages of as many rows, while the budget lasts. The largest comes first: its
-        temporaries serve all others."""
-        sizes = sorted({up(n) for n in range(1, min(most, self.most_rows) + 1)})
+    def capture_passes(self, kv):
+        """Capture whole passes of all sizes that GPU rows are padded to, for as many decodes as the
+        GPU tier can hold, and linear stages of as many rows, while the budget lasts. The largest
+        comes first: its temporaries serve all others."""
+        most = min(kv.tiers["gpu"].num_blocks, self.most_rows)
+        sizes = sorted({up(n) for n in range(1, most + 1)})
         for n in tqdm(sizes[-1:] + sizes[:-1], "CUDA graphs", disable=None, leave=False):
             self._capture_pass(n, kv)
         for n in sizes:         # of iterations with prompts; sub-batch B's are made when used
@@ -90,7 +91,7 @@ class Captures:
         """-> (replay, logits, best: where it writes) for a sub-batch that runs alone, after copying
         it to its static memory; None if it has other rows than GPU decodes, or was not captured."""
         N = len(b.tokens)
-        if b.num_prefill or b.num_host_rows or N != b.num_gpu_rows or kv.is_swapping:
+        if N != b.num_gpu_rows or kv.is_swapping:
             return None
         if N not in self.passes and N <= self.most_rows:
             self._capture_pass(N, kv)
@@ -124,7 +125,11 @@ class Captures:
         """Replays of a stage's layers, captured now if need be; None: not captured."""
         key = stage, index, rows
         if key not in self.stages:
-            calls = getattr(self, f"_{stage}_calls")(index, rows, kv)
+            b, act = self._dummy(index, rows, rows if stage == "attend" else 0)
+            launch = partial(self.model.linear, b, act)
+            if stage == "attend":
+                launch = partial(self.model.attend, b, act, kv)
+            calls = [partial(launch, i) for i in range(len(self.model.layers))]
             self.stages[key] = self._capture(calls, stage, rows)
         return self.stages[key]
 
@@ -154,14 +159,6 @@ class Captures:
                      num_gpu_rows=num_gpu, num_cpu=N - num_gpu, stored_slots=None, cpu_slots=None,
                      cpu_table=None, cpu_lens=None, **fields)
         return b, act.first(N)
-
-    def _linear_calls(self, index, N, kv):
-        b, act = self._dummy(index, N, 0)
-        return [partial(self.model.linear, b, act, i) for i in range(len(self.model.layers))]
-
-    def _attend_calls(self, index, num_gpu, kv):
-        b, act = self._dummy(index, num_gpu, num_gpu)
-        return [partial(self.model.attend, b, act, kv, i) for i in range(len(self.model.layers))]
 
     def _capture_pass(self, N, kv):
         b, act = self._dummy(0, N, N)

@@ -28,7 +28,7 @@ import cpu_attn
 from gpu_attn import as_numpy
 from kv_format import NAMES, convert, row_width
 from perfmodel import Span
-from queues import host_tensor, on_cuda
+from queues import host_tensor, mark, on_cuda
 
 HUGE_PAGE = 2 << 20
 STAGE_BYTES = 64 << 20  # pinned buffer for swaps on CUDA: halves large enough for full PCIe speed
@@ -321,7 +321,7 @@ class KVCache:
         def copy():
             half.copy_(convert(src[src_ids], dst.dtype), non_blocking=True)
         self.launch(copy)
-        copied = self._mark()
+        copied = mark()
 
         def finish():
             copied.synchronize()                    # before the host reads the half
@@ -336,19 +336,12 @@ class KVCache:
         def copy():
             dst[dst_ids] = convert(half.to(dst.device, non_blocking=True), dst.dtype)
         self.launch(copy)
-        return self._mark().synchronize             # before the host fills the half again
+        return mark().synchronize             # before the host fills the half again
 
     def _half(self, half, cache, num_blocks):
         """Room for blocks of a host cache in one half of the pinned buffer."""
         nbytes = num_blocks * cache[0].nbytes
         return self.stage[half, :nbytes].view(cache.dtype).view(num_blocks, *cache.shape[1:])
-
-    @staticmethod
-    def _mark():
-        """An Event that the present stream records."""
-        event = torch.cuda.Event()
-        event.record()
-        return event
 
     @staticmethod
     def launch(fn):

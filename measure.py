@@ -40,18 +40,19 @@ PROFILE_DIR = cache_folder()
 def largest_sub_batches(budget, kv, padded):
     """The SubBatches that take most memory.
 
-    The first has all prompt tokens of an iteration, in the longest prompts, one of them the last
-    chunk of a longer one, and as many decodes as may run. The second has these decodes alone, each
-    over the longest sequence (all of them the same block's); a back end that is not paged (`padded`
-    is False) would gather those sequences, so it goes without.
+    The first has all prompt tokens of an iteration, in the longest prompts, of which the last one
+    or two are the last chunks of their prompts, and as many decodes as may run. The second has
+    these decodes alone, each over the longest sequence (all of them the same block's); a back end
+    that is not paged (`padded` is False) would gather those sequences, so it goes without.
     """
     longest = budget.max_model_len
     whole, rest = divmod(budget.max_batch_tokens, longest)
-    chunk = rest or longest // 2
-    prompts = [made_up_request(kv, longest, "gpu") for _ in range(whole - (not rest))]
-    prompts += [made_up_request(kv, longest, "gpu") for _ in range(1 if rest else 2)]
-    for r in prompts[-1:] if rest else prompts[-2:]:
-        r.num_scheduled, r.num_cached = chunk, longest - chunk
+    chunks = [rest]
+    if not rest:
+        whole, chunks = whole - 1, 2 * [longest // 2]
+    prompts = [made_up_request(kv, longest, "gpu") for _ in range(whole + len(chunks))]
+    for r, n in zip(prompts[whole:], chunks, strict=True):
+        r.num_scheduled, r.num_cached = n, longest - n
     decodes = [made_up_request(kv, 2, "gpu", decoding=True) for _ in range(MAX_RUNNING)]
     yield kv.bind(Batch(prompts, decodes))
     for r in prompts:

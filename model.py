@@ -90,7 +90,7 @@ class HostBuffers:
         for name, (heads, D, dtype) in self.shapes.items():
             rows = 2 * num_stored if name.startswith("prompt") else num_cpu
             if name not in self.buffers or len(self.tensor(name)) < rows:
-                room = 0 if name not in self.buffers else rows      # grow by half at least
+                room = 0 if name not in self.buffers else rows      # so that it seldom grows
                 t = host_tensor((rows + room, heads, D), dtype, self.pinned)
                 self.buffers[name] = t, as_numpy(t)
 
@@ -447,7 +447,7 @@ class Model:
         """Capture whole passes for as many decodes as the GPU tier can hold, before anybody waits
         for them."""
         if self.captures and on_cuda(self.device):
-            self.captures.capture_passes(kv, kv.tiers["gpu"].num_blocks)
+            self.captures.capture_passes(kv)
 
     @property
     def captured(self):

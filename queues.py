@@ -14,8 +14,8 @@ One interface for both:
     drain()                            until a worker thread has done everything; raises its first
                                        error. On CUDA what uses a result waits for it by itself
     settle()                           after an error: wait, and forget it
-    spans()                            perfmodel.Spans of the run, none if it was not timed; waits
-                                       for the GPU
+    spans()                            perfmodel.Spans of the run; waits for the GPU. On CUDA none
+                                       if the run was not timed
     capture(calls)                     calls without arguments -> calls that cost less to launch
     free_bytes()                       of the GPU's memory
 
@@ -34,8 +34,16 @@ from perfmodel import Span
 
 
 def on_cuda(device):
-    """Do streams, events and pinned memory exist for this torch.device?"""
+    """Do streams, events and pinned memory exist for this torch.device? The tests of stream orders
+    pretend so; about the card itself, ask device.type."""
     return device.type == "cuda"
+
+
+def mark():
+    """An Event that the current stream records."""
+    event = torch.cuda.Event()
+    event.record()
+    return event
 
 
 def host_tensor(shape, dtype, pinned):
@@ -55,7 +63,7 @@ class ThreadQueue:
         cpu_attn.set_threads(threads)       # thread-local: the main thread has its own number
         torch.set_num_threads(threads)
 
-    def begin(self, timed=True):
+    def begin(self, timed):
         """Spans cost nothing here: they are always recorded."""
         self.recorded = []
 
@@ -128,7 +136,7 @@ class CudaQueue:
         self.records = []       # (lane, stage, layer, index, start event, end event)
         self.spare_events = []  # with times
 
-    def begin(self, timed=True):
+    def begin(self, timed):
         self.spare_events += [event for *_, start, end in self.records for event in (start, end)]
         self.records, self.timed = [], timed
         if timed:                   # the iteration before may still be in flight
@@ -155,9 +163,7 @@ class CudaQueue:
         fn(*args)
 
     def mark(self):
-        event = torch.cuda.Event()
-        event.record()
-        return event
+        return mark()
 
     def send(self, stage, layer, index, fn):
         # The copies read what the main stream has just been told to compute.

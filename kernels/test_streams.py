@@ -286,7 +286,7 @@ def test_swaps_in_any_order(fake, monkeypatch):
 
 @pytest.mark.parametrize("owner, attribute, instead", [
     (Stream, "wait_stream", lambda self, other: None),
-    (KVCache, "_mark", staticmethod(lambda: Event(None))),
+    (kvcache, "mark", lambda: Event(None)),
     (KVCache, "wait_swaps", lambda self, layer: None),
 ])
 def test_swaps_without_a_wait(owner, attribute, instead, fake, monkeypatch):
