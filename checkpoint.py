@@ -7,7 +7,7 @@ requests. Glossary of symbols: model.py.
 """
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import safetensors
@@ -88,6 +88,41 @@ class Config:
         layer = attention + 3 * E * self.n_ffn + 2 * E + 2 * D * self.qk_norm
         vocab = self.vocab_size * E * (1 if self.tie_embeddings else 2)
         return self.n_layer * layer + vocab + E
+
+    def shard(self, ranks):
+        """The config of a layer's part in one of `ranks` ranks. Raises ValueError if heads or
+        feed-forward size cannot be divided."""
+        H, Hkv = self.n_head, self.n_kv_head
+        if H % ranks or self.n_ffn % ranks or (Hkv % ranks and ranks % Hkv):
+            raise ValueError(
+                f"{ranks} ranks cannot share {H} query heads, {Hkv} key/value heads and a feed-"
+                f"forward size of {self.n_ffn}: take a --tensor-parallel-size that divides them")
+        return replace(self, n_head=H // ranks, n_kv_head=max(1, Hkv // ranks),
+                       n_ffn=self.n_ffn // ranks)
+
+    def whole_shape(self, name):
+        """The shape of a tensor (Hugging Face's name) in a checkpoint."""
+        E, D, F, V = self.n_embd, self.head_dim, self.n_ffn, self.vocab_size
+        qkv = {"q": self.n_head * D, "k": self.n_kv_head * D, "v": self.n_kv_head * D}
+        kind, what = name.split(".")[-2:]
+        rows = {"gate_proj": F, "up_proj": F, "lm_head": V, "embed_tokens": V, "o_proj": E,
+                "down_proj": E, "q_norm": D, "k_norm": D} | {f"{k}_proj": n for k, n in qkv.items()}
+        if "norm" in kind or what == "bias":
+            return rows.get(kind, E),
+        return rows[kind], {"o_proj": qkv["q"], "down_proj": F}.get(kind, E)
+
+    def cut(self, name, whole, rank, ranks):
+        """What one of `ranks` ranks holds of a whole tensor: q and its heads of k and v, which
+        ranks share if they are few; rows of gate and up, columns of o and down; rows of lm_head,
+        as many in each rank but the last one."""
+        kind, D = name.split(".")[-2], self.head_dim
+        if kind in ("k_proj", "v_proj"):
+            return whole.narrow(0, rank * self.n_kv_head // ranks * D,
+                                max(1, self.n_kv_head // ranks) * D)
+        if kind in ("q_proj", "gate_proj", "up_proj", "lm_head"):
+            rows = -(-len(whole) // ranks)
+            return whole[rank * rows:(rank + 1) * rows]
+        return whole.chunk(ranks, 1)[rank] if kind in ("o_proj", "down_proj") else whole
 
 
 LLAMA2_EOS, LLAMA3_EOS, QWEN_EOS = (2,), (128001, 128008, 128009), (151645, 151643)

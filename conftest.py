@@ -33,7 +33,7 @@ def text_models(tmp_path_factory):
     from safetensors.torch import save_file
 
     from neo import LLM
-    source = LLM("tiny", device="cpu", dtype="fp32", max_model_len=64).model
+    source = LLM("tiny", device="cpu", dtype="fp32", max_model_len=64, gpu_attn="torch").model
     weights = {k: v.contiguous().clone() for k, v in source.weight_views().items()}
     config = {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 4,
               "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64,

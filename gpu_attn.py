@@ -1,7 +1,8 @@
 """Attention on the GPU tier, by one of several back ends with the same methods:
 
     torch     plain torch: right on any device, in any dtype, and the reference of the others
-    numba     where CPU cores play the GPU: decode by the kernel of cpu_attn.py, on those cores
+    numba     where CPU cores play the GPU: decode by the kernel of cpu_attn.py, on those cores,
+              and products with packed weights
     triton    on CUDA: decode and store by kernels/triton_kernels.py; prompts by torch's
               FlashAttention where GPU and dtype allow it, elsewhere as `torch` does
 
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 
 import cpu_attn
 import kv_format
+from kernels.products import Packed, Plain, can_pack
 
 OLDEST = "2.10"         # torch on CUDA: its varlen_attn, and an rms_norm of one kernel (2.9)
 
@@ -72,6 +74,7 @@ class Backend(ABC):
     """All that model.py uses of a back end. Its __init__ raises ValueError where it cannot run."""
     padded = False      # does it skip rows of padding (slot -1, length 0)? CUDA graphs need that
     ops = TorchOps      # or a module with the same functions, in one kernel each
+    products = Plain    # or Packed, of kernels/products.py
 
     @abstractmethod
     def __init__(self, device, dtype):
@@ -165,9 +168,12 @@ class NumbaAttention(TorchAttention):
     def __init__(self, device, dtype):
         if device.type != "cpu":
             raise ValueError("gpu_attn 'numba' runs on CPU cores: on CUDA take triton or torch")
+        if can_pack(device, dtype):
+            self.products = Packed
 
     def describe(self):
-        return "Numba decode, torch prefill"
+        packed = ", packed weights" if self.products is Packed else ""
+        return f"Numba decode, torch prefill{packed}"
 
     def decode(self, q, k_cache, v_cache, block_table, seq_lens, out, scale, lse=None):
         result = torch.empty(q.shape, dtype=torch.float32)

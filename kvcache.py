@@ -189,6 +189,11 @@ class KVCache:
         self.free_rows = [row for row in range(len(self.table) - 1, -1, -1) if row not in rows]
         self.table[self.free_rows] = 0
 
+    @property
+    def num_free(self):
+        """{tier: free blocks}"""
+        return {name: len(tier.free_blocks) for name, tier in self.tiers.items()}
+
     def _new_row(self):
         if not self.free_rows:
             n = len(self.table)

@@ -29,7 +29,7 @@ GRAPH_SHARE = 0.06          # and this share of what weights and activations lea
 CONTEXT_BYTES = 1 << 30     # most that the CUDA context and kernels take, as far as we know
 MOST_PROFILED = 64          # CPU decodes that the profile runs at once
 PROFILE_SECONDS = 8.0       # time for measuring the profile; what does not fit is left out
-PROFILE_VERSION = 8         # change it when what is measured changes
+PROFILE_VERSION = 9         # change it when what is measured changes
 
 
 PROFILE_DIR = cache_folder()
@@ -166,7 +166,7 @@ def profile_points(model, kv, budget, threads):
     """
     cfg = model.cfg
     key = {"version": PROFILE_VERSION, "device": device_name(model.device),
-           "torch": torch.__version__, "dtype": str(model.dtype),
+           "torch": torch.__version__, "ranks": model.ranks.size, "dtype": str(model.dtype),
            "kv_dtypes": [str(dtype) for dtype in budget.kv_dtypes.values()], "threads": threads,
            "attention": model.describe_attention(),
            "geometry": [cfg.n_layer, cfg.n_head, cfg.n_kv_head, cfg.head_dim, cfg.n_embd,
@@ -323,9 +323,11 @@ def time_stages(model, kv, requests, kind, deadline):
         if model.captured or (
                 repeat == 0 and (deadline.pass_seconds < 0.5 or kind != "prefill")):
             continue                # warm-up; for decodes also the first touch of their KV
-        ms = Counter()
+        ranks, ms = Counter(), Counter()
         for span in spans:
-            ms[counted_as(span), span.layer] += 1e3 * (span.end - span.start)
+            ranks[counted_as(span), span.layer, span.rank] += 1e3 * (span.end - span.start)
+        for (*key, _), value in ranks.items():          # the slowest rank counts
+            ms[tuple(key)] = max(ms[tuple(key)], value)
         # `ends` is the embedding and the half layers before the first and after the last attention.
         ends, head = ms.pop(("linear", 0)) + ms.pop(("linear", L)), ms.pop(("head", L))
         for (stage, _), value in ms.items():

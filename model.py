@@ -118,16 +118,18 @@ class Model:
     cpu_threads  cores for CPU attention
     gpu_attn     a back end of gpu_attn.py
     cpu_path     a path of cpu_attn.paged_decode
+    ranks        ranks.Ranks: this process holds its share of the heads, and of the rest
     eager        launch every kernel by itself: no CUDA graphs
 
     Raises ValueError on a checkpoint with missing, extra or misshapen tensors, or unreadable files.
     """
 
     def __init__(self, name, cfg, dtype, row_dtype, device, max_len, gpu_threads, cpu_threads,
-                 gpu_attn, cpu_path, eager=False, seed=0):
+                 gpu_attn, cpu_path, ranks, eager=False, seed=0):
         self.cfg, self.dtype, self.device, self.cpu_threads = cfg, dtype, device, cpu_threads
         self.queue = CudaQueue() if on_cuda(device) else ThreadQueue(gpu_threads)
-        self.attn, self.ops, self.max_len = gpu_attn, gpu_attn.ops, max_len
+        self.attn, self.ops, self.products = gpu_attn, gpu_attn.ops, gpu_attn.products
+        self.max_len, self.ranks = max_len, ranks
         self.cpu_path = cpu_path
         self.captures, self.most_decodes = None, 0  # set by allow_captures
         self.may_capture = gpu_attn.padded and not eager
@@ -141,18 +143,19 @@ class Model:
             self._randomise(seed)
         else:
             self._load(Path(name))
+        self._pack()
         self.cos, self.sin = (t.to(device) for t in rope_table(cfg, max_len))   # [max_len, D/2]
 
     # ---- weights
 
     def _allocate(self):
-        c = self.cfg
+        c, ranks = self.cfg.shard(self.ranks.size), self.ranks
         H, Hkv, D, E, F_ = c.n_head, c.n_kv_head, c.head_dim, c.n_embd, c.n_ffn
 
         def new(*shape):
             return zeros(shape, self.dtype, self.device)
-        self.embed = new(c.vocab_size, E)
-        self.lm_head = self.embed if c.tie_embeddings else new(c.vocab_size, E)
+        self.embed, rows = new(c.vocab_size, E), -(-c.vocab_size // ranks.size)
+        self.lm_head = None if c.tie_embeddings else new(rows, E)
         self.norm = new(E)
         self.layers = [Layer(attn_norm=new(E), wqkv=new((H + 2 * Hkv) * D, E), wo=new(E, H * D),
                              ffn_norm=new(E), w_gate_up=new(2 * F_, E), w_down=new(E, F_))
@@ -175,8 +178,20 @@ class Model:
         """(L, Hkv, D) of the KV that this process holds."""
         return len(self.layers), self.num_heads[1], self.cfg.head_dim
 
+    def _pack(self):
+        """Weights -> what the products take, a matrix at a time. weight_views ends here."""
+        if self.cfg.tie_embeddings:         # the last rank may have fewer rows of the vocabulary
+            part = self._cut("lm_head.weight", self.embed)
+            rows = -(-len(self.embed) // self.ranks.size)
+            self.lm_head = part if len(part) == rows else F.pad(part, (0, 0, 0, rows - len(part)))
+        for w in self.layers:
+            for name in ("wqkv", "wo", "w_gate_up", "w_down"):
+                setattr(w, name, self.products.pack(getattr(w, name)))
+        self.lm_head = self.products.pack(self.lm_head)     # of tied weights: a copy, if packed
+
     def weight_views(self):
-        """Hugging Face tensor name -> the view of the (merged) weights that it belongs in."""
+        """Hugging Face tensor name -> the view of the (merged) weights that it belongs in, while
+        they are not packed (of --gpu-attn torch and triton: always)."""
         out = {"model.embed_tokens.weight": self.embed, "model.norm.weight": self.norm}
         if not self.cfg.tie_embeddings:
             out["lm_head.weight"] = self.lm_head
@@ -196,9 +211,13 @@ class Model:
                     out[f"model.layers.{i}.self_attn.{name}_proj.bias"] = bias
         return out
 
+    def _cut(self, name, whole):
+        """This rank's part of a whole tensor."""
+        return self.cfg.cut(name, whole, self.ranks.rank, self.ranks.size)
+
     def _randomise(self, seed):
         """Fill from one table of normal deviates, each tensor from its own offset. This runs at the
-        speed of a copy."""
+        speed of a copy. Ranks draw whole tensors, so the model is the same for any number."""
         table = torch.randn(TABLE_SIZE, generator=torch.Generator().manual_seed(seed))
         # 0.02: Llama's initializer_range
         table = (0.02 * table).to(device=self.device, dtype=self.dtype)
@@ -208,13 +227,17 @@ class Model:
             if "norm" in name:
                 w.fill_(1)
                 continue
-            flat = w.view(-1)
+            whole = w if self.ranks.size == 1 else w.new_empty(self.cfg.whole_shape(name))
+            flat = whole.view(-1)
             for i in range(0, flat.numel(), n):
                 part = flat[i:i + n]
                 cut = min(n - offset, len(part))
                 part[:cut] = table[offset:offset + cut]
                 part[cut:] = table[:len(part) - cut]
             offset = (offset + flat.numel() + 12_345) % n
+            part = self._cut(name, whole)
+            if part is not w:
+                w[:len(part)] = part
 
     def _load(self, path):
         views, unknown = self.weight_views(), []
@@ -229,14 +252,16 @@ class Model:
             if view is None:
                 unknown.append(name)
                 continue
-            if view.shape != tensor.shape:
+            shape = self.cfg.whole_shape(name)
+            if tensor.shape != shape:
                 raise ValueError(
                     f"{path}: {name} has shape {list(tensor.shape)}, the config asks for "
-                    f"{list(view.shape)}: config and weights do not belong together")
+                    f"{list(shape)}: config and weights do not belong together")
             if not tensor.is_floating_point():
                 raise ValueError(f"{path}: {name} has dtype {tensor.dtype}: weights must be "
                                  "floating point (quantised checkpoints are not supported)")
-            view.copy_(tensor)
+            part = self._cut(name, tensor)
+            view[:len(part)] = part
             if not view.sum(dtype=torch.float32).isfinite() and not view.isfinite().all():
                 raise ValueError(f"{path}: {name} has NaN or infinite weights in {self.dtype}: "
                                  "download it again, or take a wider --dtype")
@@ -253,7 +278,7 @@ class Model:
         """Finish layer i - 1 and start layer i of SubBatch b: updates act.x, sets act.qkv; after
         the last layer sets act.last. CPU decodes: their o comes from the host before, and their q,
         k and v are on the host after it."""
-        L, ops = len(self.layers), self.ops
+        L, ops, products = len(self.layers), self.ops, self.products
         host = self.host[b.index].tensor if b.num_cpu else None
         if i == 0:
             torch.index_select(self.embed, 0, b.tokens, out=act.x)                  # [N, E]
@@ -266,19 +291,18 @@ class Model:
                 o = o[b.sampled_rows]
                 if not len(x):                          # only chunks of prompts: nothing to sample
                     return
-            # The residual is added within the products: shards of wo and w_down must add it once.
-            x.addmm_(o, w.wo.t())
-            gate_up = F.linear(self._norm(x, w.ffn_norm), w.w_gate_up)              # [N, 2 F]
-            x.addmm_(ops.swiglu(gate_up), w.w_down.t())
+            # The residual is added within the products: one rank adds it.
+            first = self.ranks.rank == 0
+            products.add_linear_(x, o, w.wo, first)
+            self.ranks.add_up(x)
+            gate_up = products.linear(self._norm(x, w.ffn_norm), w.w_gate_up)       # [N, 2 F]
+            products.add_linear_(x, ops.swiglu(gate_up), w.w_down, first)
+            self.ranks.add_up(x)
             if i == L:
                 return
         w, (H, Hkv) = self.layers[i], self.num_heads
         out = act.qkv.view(len(act.qkv), -1)                                # [N, (H + 2 Hkv) D]
-        h = self._norm(act.x, w.attn_norm)
-        if w.bqkv is None:
-            torch.mm(h, w.wqkv.t(), out=out)
-        else:
-            torch.addmm(w.bqkv, h, w.wqkv.t(), out=out)
+        products.linear(self._norm(act.x, w.attn_norm), w.wqkv, w.bqkv, out)
         if w.q_norm is not None:
             for x, norm in ((act.qkv[:, :H], w.q_norm), (act.qkv[:, H:H + Hkv], w.k_norm)):
                 x.copy_(self._norm(x, norm))
@@ -291,10 +315,11 @@ class Model:
         """Of the sampled rows of all sub-batches: logits [S, V] float32, and best [S] int64, the
         tokens of the largest ones."""
         h = self._norm(torch.cat([act.last for act in activations]), self.norm)
-        if h.dtype == logits.dtype:
-            torch.mm(h, self.lm_head.t(), out=logits)
-        else:
-            logits.copy_(F.linear(h, self.lm_head))
+        if h.dtype == logits.dtype and self.ranks.size == 1:
+            self.products.linear(h, self.lm_head, out=logits)
+        else:                               # a part of the vocabulary from each rank
+            whole = self.ranks.gather(self.products.linear(h, self.lm_head))
+            logits.copy_(whole[:, :logits.shape[1]])
         if logits.is_cuda:
             torch.argmax(logits, -1, out=best)
         else:               # NumPy's argmax is ten times faster than torch's on a CPU
@@ -302,7 +327,7 @@ class Model:
 
     def head_rows(self, S):
         """Room for what `head` writes for S rows: logits, best."""
-        return (torch.empty(S, len(self.lm_head), dtype=torch.float32, device=self.device),
+        return (torch.empty(S, self.cfg.vocab_size, dtype=torch.float32, device=self.device),
                 torch.empty(S, dtype=torch.int64, device=self.device))
 
     def _norm(self, x, weight):
@@ -430,7 +455,12 @@ class Model:
 
     @property
     def spans(self):
-        """perfmodel.Spans of the last run. Waits for the GPU."""
+        """perfmodel.Spans of the last run, of all ranks. Waits for the GPU."""
+        return self.ranks.all_spans(self.own_spans) if self.timed else []
+
+    @property
+    def own_spans(self):
+        """Those of this rank."""
         spans = self.queue.spans()
         return spans + self.cpu_spans + self.move_spans if spans else []
 

@@ -33,10 +33,12 @@ from model import Model
 from options import Options, Parser, add_engine_flags, engine_options
 from perfmodel import Prediction, Profile, Roofline, SimulatedModel, busy_seconds, find_testbed
 from queues import on_cuda
+from ranks import RankError, Ranks
 from request import Request, RequestOutput, SamplingParams
 from sampling import is_greedy, sample
 from scheduler import MAX_RUNNING, Scheduler
 from startup import (
+    check_ranks,
     device_name,
     fmt_gib,
     gpu_memory,
@@ -45,7 +47,7 @@ from startup import (
     resolve_dtype,
     resolve_threads,
 )
-from strategies import find_strategy
+from strategies import STRATEGIES, find_strategy
 
 MAX_ERRORS = 4096       # iterations whose prediction error is remembered
 TIMED_EVERY = 32        # on CUDA one iteration in 32 is timed stage by stage, which costs launches
@@ -85,6 +87,7 @@ class LLM:
         self.watch(None)
         self.cfg = load_config(self.path)
         self.testbed = self.points = self.outputs = None
+        self.ranks = Ranks()
         if options.simulate:
             self._simulate(options)
         else:
@@ -98,10 +101,27 @@ class LLM:
                              "--simulate TESTBED, which needs none")
         self.device = resolve_device(options.device)
         self.dtype = resolve_dtype(options.dtype, cfg, self.device)
+        options.dtype = NAMES[self.dtype]           # the same in every rank
+        check_ranks(options, cfg, self.device)
+        # A strategy of the user's own is not known in other ranks. They only need its tiers.
+        like = (name for name, known in STRATEGIES.items() if known.tiers == tiers)
+        self.ranks = Ranks(options.tensor_parallel_size, on_cuda(self.device),
+                           options.for_ranks(next(like, options.strategy)))
+        try:
+            self._load_share(options, tiers)
+        except BaseException as error:
+            self.ranks.fail(error)
+            raise
+
+    def _load_share(self, options, tiers):
+        """What every rank does: its share of model and cache, and then its part in the loop."""
+        cfg, ranks = self.cfg, self.ranks
         cores, self.gpu_threads, self.cpu_threads = resolve_threads(
             self.device, options.gpu_threads, options.cpu_threads)
         options.gpu_mem = gpu_memory(options, self.device)
-        self.budget = budget = plan_budget(options, tiers, cfg, self.dtype, self.device)
+        self.budget = budget = plan_budget(
+            options, tiers, cfg.shard(ranks.size), self.dtype, self.device,
+            ranks_here=ranks.local_size)
         attn = choose(options.gpu_attn, self.device, self.dtype)
         cpu_path = choose_path(options.cpu_attn, NAMES[budget.kv_dtypes["cpu"]], cfg.head_dim,
                                budget.block_size)
@@ -111,7 +131,7 @@ class LLM:
         torch.set_num_threads(cores)                        # to fill the weights
         self.model = Model(
             self.path, cfg, self.dtype, budget.row_dtype, self.device, budget.max_model_len,
-            self.gpu_threads, self.cpu_threads, attn, cpu_path, options.eager, options.seed)
+            self.gpu_threads, self.cpu_threads, attn, cpu_path, ranks, options.eager, options.seed)
         torch.set_num_threads(self.gpu_threads or cores)    # this thread samples: the GPU idles
         self.load_seconds = time.perf_counter() - start
         self.model.allow_captures(-(-budget.max_model_len // budget.block_size),
@@ -126,17 +146,22 @@ class LLM:
             budget.check_length(options.strategy, tiers, options.max_model_len)
             if options.gpu_memory_utilization:
                 budget.card = ""            # it names no card
+        budget.num_blocks = {tier: ranks.least(n) for tier, n in budget.num_blocks.items()}
         self.kv = KVCache(self.model.kv_geometry, budget.block_size, budget.num_blocks,
                           budget.max_model_len, budget.kv_dtypes, budget.row_dtype, self.device)
         self.clock, self.wait = time.perf_counter, time.sleep
         self.may_fly = on_cuda(self.device)
         warm_up(self.model, self.kv)
         self.model.capture_passes(self.kv)
+        if ranks.rank:
+            ranks.follow(self.model, self.kv)       # until rank 0 ends
+        ranks.lead(self.model, self.kv)
         threads = [self.gpu_threads, self.cpu_threads]
         self.points = profile_points(self.model, self.kv, budget, threads)
 
     def _simulate(self, options):
         """What _load does, for a simulation."""
+        check_ranks(options, self.cfg, None)
         source, cfg = options.simulate, self.cfg
         self.device, self.tokenizer = torch.device("cpu"), None
         if isinstance(source, LLM):
@@ -459,6 +484,15 @@ class LLM:
                     self.abort(out.request_id)
         return outs
 
+    def check_ranks(self):
+        """Raise RankError if another rank has ended."""
+        if self.ranks.ended:
+            raise RankError(self.ranks.ended)
+
+    def close(self):
+        """End the other ranks. A simulation, and an engine of one rank, have nothing to end."""
+        self.ranks.close()
+
     # ---- what it is and what it did
 
     @property
@@ -505,6 +539,9 @@ class LLM:
             if self.device.type == "cpu":
                 device = f"CPU ({device}); a thread plays the GPU: an emulation, not a GPU"
                 threads = f"{self.gpu_threads} as the GPU, {threads}"
+            if self.ranks.size > 1:
+                threads += f", in each of {self.ranks.size} ranks"
+                weights += f" (this rank's {self.model.num_heads[0]} heads)"
         return "\n".join((
             f"device     {device}",
             f"model      {self.name}: {cfg.num_params / 1e9:.2f} B parameters, {cfg.n_layer} "

@@ -60,6 +60,9 @@ class Options:
         "auto", str, "attention on the CPU tier: auto, or a path of cpu_attn.py that this "
         "processor has (dot, fma, int, portable)")
     eager: bool = option(False, bool, "launch every GPU kernel by itself: no CUDA graphs")
+    tensor_parallel_size: int = option(
+        1, int, "ranks: processes that share every layer, each with its GPU, or with its share of "
+        "the cores; thread numbers and --gpu-mem are each one's", "N", alias="-tp")
 
     @classmethod
     def of(cls, model, strategy, given):
@@ -68,6 +71,11 @@ class Options:
         if unknown := [name for name in given if name not in known]:
             raise TypeError(f"LLM has no option {unknown[0]!r}: the options are {', '.join(known)}")
         return cls(model, strategy, **given)
+
+    def for_ranks(self, strategy):
+        """What the LLM of another rank is made of: (model, strategy, options as a dict)."""
+        options = {f.name: getattr(self, f.name) for f in fields(self)[2:]}
+        return self.model, strategy, options
 
 
 # ------------------------------------------------------------------------------ command line

@@ -19,6 +19,7 @@ read in later iterations, and what is fetched comes a layer ahead. Knows no torc
 numbers only, except the logits that the simulated model returns. Tested in test_neo.py.
 """
 from bisect import bisect_left
+from collections import Counter
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from typing import NamedTuple
@@ -61,6 +62,7 @@ class Span(NamedTuple):
     sub_batch: int          # its index: 0 for A, 1 for B
     start: float            # seconds
     end: float
+    rank: int = 0
 
 
 class Result(NamedTuple):
@@ -71,10 +73,13 @@ class Result(NamedTuple):
 
 
 def busy_seconds(spans):
-    """{lane: seconds of work} of a list of Spans."""
+    """{lane: seconds of work} of a list of Spans, in the rank that worked longest."""
     busy = dict.fromkeys(("gpu", "cpu", "copy", "move"), 0.0)
+    ranks = Counter()
     for span in spans:
-        busy[span.lane] += span.end - span.start
+        ranks[span.lane, span.rank] += span.end - span.start
+    for (lane, _), seconds in ranks.items():
+        busy[lane] = max(busy[lane], seconds)
     return busy
 
 
@@ -310,19 +315,25 @@ class Testbed:
     cores: int                     # of the host
     host_gb: float                 # GiB of host memory
     cpu_bw: float                  # GB/s at which CPU attention reads the KV cache, effective
-    tp: int = 1                    # tensor parallelism
+    tp: int = 1                    # tensor parallelism: GPUs that share every layer (ranks.py)
     compute_eff: float = 0.6       # of tflops, in matrix products of many rows
     memory_eff: float = 0.8        # of gpu_bw, in reading weights and KV
     launch_us: float = 10.0        # per layer and sub-batch, on the GPU
     cpu_launch_us: float = 40.0    # per layer and sub-batch with CPU rows: copies, events, threads
     host_ms: float = 2.0           # per iteration: scheduling, sampling
+    # of tp > 1 alone:
     link_gb: float = 100.0         # GB/s of all-reduce between the GPUs, effective
+    reduce_us: float = 10.0        # latency of an all-reduce: two per layer and sub-batch
+    plan_ms: float = 1.0           # per iteration: rank 0 tells the others, and they bind
+    slowest: float = 1.05          # CPU attention: the slowest rank's time over the mean (guess)
     softness: float = 0.0          # of the roofline's ridge. 0: max(compute, memory); s: their
     #                                norm (compute^(1/s) + memory^(1/s))^s
 
     def __post_init__(self):
         for f in fields(self)[2:]:
             value, share = getattr(self, f.name), f.name.endswith("_eff")
+            if f.name == "slowest" and value < 1:
+                raise ValueError(f"testbed {self.name}: slowest = {value:g} must be 1 or more")
             may_be_zero = f.name.endswith(("_us", "_ms", "softness"))
             if value < 0 or (value == 0 and not may_be_zero) or (share and value > 1):
                 limits = "above 0, at most 1" if share else "positive"
@@ -397,7 +408,13 @@ class Roofline(PerfModel):
         self.row_bytes = 8 * width + sent_bytes                     # q and output fp32; k and v
         self.flops = bed.tflops * bed.tp * bed.compute_eff * 1e9    # per ms
         self.bandwidth = bed.gpu_bw * bed.tp * bed.memory_eff * 1e6     # bytes per ms
-        self.all_reduce = 2 * E * itemsize / (bed.link_gb * 1e6) if bed.tp > 1 else 0.0   # ms a row
+        # What the ranks cost: ms a row and a layer, ms a layer, ms an iteration; a factor
+        self.row_ms = self.reduce_ms = self.plan_ms = 0.0
+        self.slowest = 1.0
+        if bed.tp > 1:
+            self.row_ms = 2 * E * itemsize / (bed.link_gb * 1e6)
+            self.reduce_ms, self.plan_ms, self.slowest = (
+                2 * bed.reduce_us / 1e3, bed.plan_ms, bed.slowest)
 
     def _matrix(self, params, n_tokens):
         compute = 2 * params * n_tokens / self.flops
@@ -408,11 +425,11 @@ class Roofline(PerfModel):
         return (compute ** power + memory ** power) ** self.bed.softness
 
     def linear(self, n_tokens):
-        return (self._matrix(self.layer_params, n_tokens) + self.all_reduce * n_tokens
-                + self.bed.launch_us / 1e3)
+        return (self._matrix(self.layer_params, n_tokens) + self.row_ms * n_tokens
+                + self.reduce_ms + self.bed.launch_us / 1e3)
 
     def lm_head(self, n_rows):
-        return self._matrix(self.vocab_params, n_rows) + self.bed.host_ms
+        return self._matrix(self.vocab_params, n_rows) + self.bed.host_ms + self.plan_ms
 
     def prefill(self, lengths):
         # 4 n^2 H D operations, half of them: attention is causal
@@ -422,11 +439,11 @@ class Roofline(PerfModel):
         return n_kv_tokens * self.token_bytes["gpu"] / self.bandwidth
 
     def cpu_decode(self, n_requests, n_kv_tokens):
-        return (n_kv_tokens * self.token_bytes["cpu"] / (self.bed.cpu_bw * 1e6)
+        return (n_kv_tokens * self.token_bytes["cpu"] / (self.bed.cpu_bw * 1e6) * self.slowest
                 + self.transfer(n_requests * self.row_bytes) + self.bed.cpu_launch_us / 1e3)
 
     def transfer(self, n_bytes):
-        return n_bytes / (self.bed.pcie_bw * 1e6)
+        return n_bytes / (self.bed.pcie_bw * self.bed.tp * 1e6)     # each GPU has its own link
 
 
 class SimulatedModel:

@@ -4,6 +4,7 @@
 breaks one is stopped with a StrategyError before anything runs. Knows no torch and no policy.
 """
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from perfmodel import Work
 
@@ -49,6 +50,37 @@ class Batch:
                     num_cpu=len(self.cpu_decodes),
                     cpu_kv=sum(r.num_tokens for r in self.cpu_decodes),
                     **prompt_work(self.prefill))
+
+
+class Rows(NamedTuple):
+    """What kvcache.KVCache.bind reads of a Request, for another process."""
+    id: object
+    tier: str
+    num_cached: int
+    num_scheduled: int
+    num_tokens: int
+    num_pending: int
+    output: list            # the last token
+    ends_prefill: bool
+    new: list               # of a prompt: the tokens to prefill
+
+    def tokens(self, start, end):
+        return self.new
+
+
+def pack(batch):
+    """Batch -> plain tuples, which are pickled faster than objects; `unpack` is the way back."""
+    def rows(r, is_prompt):
+        new = is_prompt and r.tokens(r.num_cached, r.num_cached + r.num_scheduled)
+        return (r.id, r.tier, r.num_cached, r.num_scheduled, r.num_tokens, r.num_pending,
+                r.output[-1:], is_prompt and r.ends_prefill, new)
+    decodes = batch.gpu_decodes, batch.cpu_decodes
+    return [rows(r, True) for r in batch.prefill], *([rows(r, False) for r in d] for d in decodes)
+
+
+def unpack(packed):
+    """What `pack` has returned -> a Batch of Rows, for KVCache.bind."""
+    return Batch(*(map(Rows._make, rows) for rows in packed))
 
 
 def prompt_work(prefill):

@@ -30,7 +30,7 @@ from starlette.requests import ClientDisconnect
 from chat import load_chat_template
 from neo import LLM
 from options import Parser, add_engine_flags, engine_options
-from server.engine_thread import MAX_FAILURES, EngineThread, Refused
+from server.engine_thread import EngineThread, Refused
 from server.guard import BoundedProtocol, Guard
 from server.live import LiveView, load_page
 from server.openapi_doc import describe
@@ -215,9 +215,8 @@ RANGES = {"max_queue": (1, 10**9), "max_body": (1, 10**12), "buffer": (1, 10**9)
           "grace": (0, 10**6), "port": (0, 65535)}
 
 
-def parse_args(argv):
-    """The flags. Raises ValueError on values that cannot work."""
-    parser = Parser("Serve a model through OpenAI's HTTP interface.")
+def parse_args(argv, parser):
+    """The flags of a Parser, and a server's. Raises ValueError on values that cannot work."""
     parser.add_argument("--model", required=True,
                         help="checkpoint folder, name on the Hugging Face hub, smollm2, or a "
                         "preset (random weights)")
@@ -266,12 +265,20 @@ def says_where(host, port):
                          "choose another with --port") from None
 
 
+def application(args):
+    """Parsed flags -> an LLM, its running EngineThread and their FastAPI application."""
+    llm = LLM(args.model, args.strategy, **engine_options(args))
+    template = load_chat_template(llm.path, llm.tokenizer)
+    engine = EngineThread(llm, args.max_queue, args.buffer)
+    routes = Routes(llm, engine, template, args.served_model_name)
+    return llm, engine, routes.app(args.api_key, args.max_body)
+
+
 def main(argv=None):
     try:
-        args = parse_args(argv)
+        args = parse_args(argv, Parser("Serve a model through OpenAI's HTTP interface."))
         listener = bind(args.host, args.port)       # before loading, which may take minutes
-        llm = LLM(args.model, args.strategy, **engine_options(args))
-        template = load_chat_template(llm.path, llm.tokenizer)
+        llm, engine, app = application(args)
         with says_where(args.host, args.port):
             listener.listen(1024)
     except ValueError as error:
@@ -279,8 +286,6 @@ def main(argv=None):
     except KeyboardInterrupt:
         sys.exit("interrupted before the first request")
     print(llm.describe(), file=sys.stderr)
-    engine = EngineThread(llm, args.max_queue, args.buffer)
-    app = Routes(llm, engine, template, args.served_model_name).app(args.api_key, args.max_body)
     # 10 s more than `grace`, because aborted requests end only with the present iteration.
     config = uvicorn.Config(app, log_level="warning", http=BoundedProtocol,
                             timeout_graceful_shutdown=int(args.grace) + 10)
@@ -291,11 +296,12 @@ def main(argv=None):
     gc.freeze()         # the garbage collector need not search what stays, which takes 0.1 s
     Server(config, engine, args.grace).run([listener])
     if engine.dead:     # the exit code tells a supervisor to start anew
-        sys.exit(f"error: {engine.failure}, {MAX_FAILURES} times in a row; see above")
+        sys.exit(f"error: {engine.failure} ({engine.num_failures} in a row); see above")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     engine.close(abort=True)
     engine.join()
+    llm.close()
 
 
 if __name__ == "__main__":

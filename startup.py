@@ -9,13 +9,21 @@ import platform
 import subprocess
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from llvmlite import binding
 
 import cpu_attn
+from kernels.products import can_pack
 from kv_format import NAMES, kv_bytes
 from scheduler import MAX_RUNNING
+
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))       # among the ranks of this machine
+if LOCAL_RANK and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+    # It sees its own GPU alone, as cuda:0 in every thread. This must come before CUDA starts.
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(64)))).split(",")
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus[LOCAL_RANK % len(gpus)]
 
 GIB = 1 << 30
 DTYPES = {name: dtype for dtype, name in NAMES.items() if dtype.is_floating_point}
@@ -72,11 +80,21 @@ def resolve_dtype(dtype, cfg, device):
     return torch.float32
 
 
+def take_cores(number, count, cores):
+    """Pin this thread, and all that it will start, to the share `number` of `count` of a set of
+    cores: neighbours, by NUMA node where Linux tells. With fewer cores than shares, to none."""
+    def place(core):
+        nodes = Path(f"/sys/devices/system/cpu/cpu{core}").glob("node[0-9]*")
+        return min((int(node.name[4:]) for node in nodes), default=0), core
+    n = len(cores) // count
+    if n:
+        os.sched_setaffinity(0, sorted(cores, key=place)[n * number:n * (number + 1)])
+
+
 def resolve_threads(device, gpu_threads, cpu_threads):
     """-> (cores of this machine, cores that play the GPU, cores for CPU attention); half and half
     unless asked for. Raises ValueError on numbers beyond the cores."""
-    has_affinity = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+    cores = num_cores()
     for name, n in (("gpu_threads", gpu_threads), ("cpu_threads", cpu_threads)):
         if n is not None and not 1 <= n <= cores:
             raise ValueError(f"{name} = {n}: must be 1..{cores}, the cores of this machine")
@@ -178,15 +196,55 @@ def host_memory():
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def plan_budget(options, tiers, cfg, dtype, device, testbed=None):
+def check_ranks(options, cfg, device):
+    """Raise ValueError on a number of ranks that this model or machine cannot have."""
+    n, under_torchrun = options.tensor_parallel_size, "RANK" in os.environ
+    if n < 1:
+        raise ValueError(f"tensor_parallel_size = {n}: must be 1 or more")
+    if options.simulate:
+        if n > 1:
+            raise ValueError(f"tensor_parallel_size = {n}: a simulation runs in one process; the "
+                             "GPUs of a testbed are --testbed tp=N")
+        return
+    started = int(os.environ["WORLD_SIZE"]) if under_torchrun else n
+    if started != n:
+        raise ValueError(f"torchrun has started {started} processes: give "
+                         f"--tensor-parallel-size {started}, not {n}")
+    if n == 1:
+        return
+    cfg.shard(n)
+    here = int(os.environ["LOCAL_WORLD_SIZE"]) if under_torchrun else n
+    if LOCAL_RANK:
+        return                                  # it sees its own GPU and cores alone
+    if device.type == "cuda" and here > torch.cuda.device_count():
+        raise ValueError(f"tensor_parallel_size = {n}: {here} ranks on this machine, which has "
+                         f"{torch.cuda.device_count()} GPUs: each rank needs one")
+    cores = num_cores()
+    if here > cores and not (options.gpu_threads and options.cpu_threads):
+        raise ValueError(f"tensor_parallel_size = {n}: {here} ranks on {cores} cores: take fewer, "
+                         "or let them share cores with --gpu-threads 1 --cpu-threads 1")
+
+
+def num_cores():
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def plan_budget(options, tiers, cfg, dtype, device, testbed=None, ranks_here=1):
     """Options -> Budget, checked against the memory that is free (or that a Testbed has).
 
-    tiers  those in which the strategy keeps KV
+    tiers       those in which the strategy keeps KV
+    cfg         of one rank: its heads and its part of the feed-forward layers
+    ranks_here  ranks that share this machine's memory
     Raises ValueError on what does not fit.
     """
     check_numbers(options, cfg)
     budget = size_up(options, cfg, dtype)
-    has_gpu, host = bool(testbed) or device.type == "cuda", host_memory()
+    has_gpu, host = bool(testbed) or device.type == "cuda", host_memory() // ranks_here
+    packs = not has_gpu and options.gpu_attn != "torch" and can_pack(device, dtype)
+    if packs and cfg.tie_embeddings:
+        head_bytes = cfg.vocab_size * cfg.n_embd * dtype.itemsize
+        budget.weight_bytes += head_bytes // options.tensor_parallel_size   # a packed copy
     free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else host
     if testbed:
         free, host = int(testbed.gpu_gb * testbed.tp * GIB), int(testbed.host_gb * GIB)
@@ -215,9 +273,9 @@ def plan_budget(options, tiers, cfg, dtype, device, testbed=None):
     left = host if has_gpu else max(0, host - used - gpu_bytes)
     cpu_bytes = int(CPU_TIER_SHARE * left)
     if options.cpu_mem is not None:
-        cpu_bytes = int(options.cpu_mem * GIB)
+        cpu_bytes = int(options.cpu_mem * GIB / options.tensor_parallel_size)
     elif not has_gpu:
-        cpu_bytes = min(cpu_bytes, EMULATED_CPU_TIER)
+        cpu_bytes = min(cpu_bytes, EMULATED_CPU_TIER // options.tensor_parallel_size)
     budget.num_blocks = {"gpu": gpu_blocks, "cpu": cpu_bytes // budget.block_bytes["cpu"]}
     for tier, room, flags in (("gpu", free - used, "--gpu-mem or --gpu-blocks"),
                               ("cpu", left, "--cpu-mem")):
@@ -297,10 +355,14 @@ def size_up(options, cfg, dtype):
     # elements of one row: x, h, o | q, k, v, twice | gate, up, product of the FFN
     qkv = (cfg.n_head + 2 * cfg.n_kv_head) * cfg.head_dim
     row = 3 * cfg.n_embd + 2 * qkv + 3 * cfg.n_ffn
+    num_params = cfg.num_params         # a rank has a part of lm_head
+    if not cfg.tie_embeddings:
+        elsewhere = 1 - 1 / options.tensor_parallel_size
+        num_params -= int(cfg.vocab_size * cfg.n_embd * elsewhere)
     row_dtype = kv_dtypes["cpu"] if kv_dtypes["cpu"].is_floating_point else dtype
     return Budget(block_size=block_size, kv_dtypes=kv_dtypes, row_dtype=row_dtype,
                   token_bytes=token_bytes,
-                  block_bytes=block_bytes, weight_bytes=cfg.num_params * dtype.itemsize,
+                  block_bytes=block_bytes, weight_bytes=num_params * dtype.itemsize,
                   activation_bytes=max_batch_tokens * row * dtype.itemsize,
                   max_model_len=options.max_model_len or min(cfg.max_position, MAX_MODEL_LEN),
                   max_batch_tokens=max_batch_tokens)

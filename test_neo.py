@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import types
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,7 @@ from aim import best_aim
 from bounds import fluid_limit, pipelining_bound
 from captures import Captures
 from checkpoint import PRESETS, load_config, load_tokenizer
+from kernels.products import Packed, Plain, can_pack
 from kvcache import KVCache
 from measure import POINT_KINDS, load_profile, save_profile
 from model import rope_table
@@ -178,33 +180,35 @@ GEOMETRIES = {
 }
 
 
+def save_checkpoint(name, folder):
+    """A random checkpoint of a geometry, saved by transformers -> its model there."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(1)
+    geometry = dict(GEOMETRIES[name])
+    cfg = transformers.AutoConfig.for_model(
+        geometry.pop("model_type", "llama"),
+        num_hidden_layers=3,
+        intermediate_size=416,
+        max_position_embeddings=256,
+        initializer_range=0.1,
+        bos_token_id=None,
+        eos_token_id=None,
+        **geometry,
+    )
+    hf = transformers.AutoModelForCausalLM.from_config(cfg).eval()
+    with torch.no_grad():                   # they start as zeros and ones
+        for key, w in hf.named_parameters():
+            if key.endswith((".bias", "q_norm.weight", "k_norm.weight")):
+                w.add_(0.3 * torch.randn(w.shape))
+    hf.save_pretrained(folder)
+    return hf
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """name -> (folder, transformers model): random Llama checkpoints, saved by transformers."""
-    transformers = pytest.importorskip("transformers")
-    out = {}
-    for name, geometry in GEOMETRIES.items():
-        torch.manual_seed(1)
-        geometry = dict(geometry)
-        cfg = transformers.AutoConfig.for_model(
-            geometry.pop("model_type", "llama"),
-            num_hidden_layers=3,
-            intermediate_size=416,
-            max_position_embeddings=256,
-            initializer_range=0.1,
-            bos_token_id=None,
-            eos_token_id=None,
-            **geometry,
-        )
-        hf = transformers.AutoModelForCausalLM.from_config(cfg).eval()
-        with torch.no_grad():               # they start as zeros and ones
-            for key, w in hf.named_parameters():
-                if key.endswith((".bias", "q_norm.weight", "k_norm.weight")):
-                    w.add_(0.3 * torch.randn(w.shape))
-        folder = tmp_path_factory.mktemp(name)
-        hf.save_pretrained(folder)
-        out[name] = folder, hf
-    return out
+    """name -> (folder, transformers model)."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in GEOMETRIES}
+    return {name: (folder, save_checkpoint(name, folder)) for name, folder in folders.items()}
 
 
 def hf_generate(hf, prompts, n, **kwargs):
@@ -533,7 +537,8 @@ def test_sharded_safetensors_and_peak_shapes(checkpoints, tmp_path):
     hf.save_pretrained(tmp_path, max_shard_size="1MB")
     assert (tmp_path / "model.safetensors.index.json").exists()
     one, many = (
-        LLM(str(f), device="cpu", dtype="fp32", max_model_len=64) for f in (folder, tmp_path)
+        LLM(str(f), device="cpu", dtype="fp32", max_model_len=64, gpu_attn="torch")
+        for f in (folder, tmp_path)
     )
     a, b = one.model.weight_views(), many.model.weight_views()
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -921,7 +926,8 @@ def test_presets_have_the_published_sizes():
 
 def test_random_weights_are_seeded_and_varied():
     a, b, c = (
-        LLM("tiny", device="cpu", dtype="fp32", seed=s, max_model_len=64).model for s in (3, 3, 4)
+        LLM("tiny", device="cpu", dtype="fp32", seed=s, max_model_len=64, gpu_attn="torch").model
+        for s in (3, 3, 4)
     )
     assert torch.equal(a.layers[2].w_down, b.layers[2].w_down) and not torch.equal(a.embed, c.embed)
     w = torch.cat([x.flatten() for x in a.weight_views().values() if x.ndim == 2])
@@ -2023,11 +2029,45 @@ def test_a_simulated_int8_tier_reads_half_the_bytes():
     assert narrow.perf.gpu_decode(100) == wide.perf.gpu_decode(100)
 
 
+@pytest.mark.parametrize("rows", [1, 5, 24, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_packed_products_agree_with_plain_ones(dtype, rows):
+    if not can_pack(torch.device("cpu"), dtype):
+        pytest.skip(f"this processor packs no {dtype}")
+    rng = torch.Generator().manual_seed(rows)
+    x, w, bias, old = (
+        torch.randn(shape, generator=rng).to(dtype)
+        for shape in ((rows, 96), (200, 96), (200,), (rows, 200))
+    )
+    packed = Packed.pack(w)
+    close = partial(torch.allclose, rtol=16 * torch.finfo(dtype).eps, atol=1e-4)
+    for b in (None, bias):
+        out = torch.empty(rows, 200, dtype=dtype)
+        assert Packed.linear(x, packed, b, out) is out
+        assert close(out, Plain.linear(x, w, b)) and close(Packed.linear(x, packed, b), out)
+    added = old.clone()
+    Packed.add_linear_(added, x, packed)
+    Plain.add_linear_(old, x, w)
+    assert close(added, old)
+
+
+def test_packed_and_plain_engines_agree():
+    """`--gpu-attn torch` leaves weights as they lie: the reference of packed ones."""
+    prompts = make_prompts(6, 512, 40)
+    make = dict(device="cpu", dtype="fp32", max_model_len=128)
+    a, b = (LLM("tiny", gpu_attn=name, **make) for name in ("torch", "auto"))
+    assert a.model.products is Plain and "packed" not in a.describe()
+    if can_pack(a.device, a.dtype):
+        assert b.model.products is Packed and "packed weights" in b.describe()
+    tokens = [[o.token_ids for o in llm.generate(prompts, EXACT)] for llm in (a, b)]
+    assert tokens[0] == tokens[1]
+
+
 def test_a_shard_of_a_model_runs():
     """Heads and widths come from the tensors of this process: a model whose layers are cut to half
     their heads and half their FFN computes what a model of that geometry computes."""
     half = dataclasses.replace(PRESETS["tiny"], n_head=2, n_kv_head=1, n_ffn=64)
-    make = dict(device="cpu", dtype="fp32", gpu_blocks=20, max_model_len=64)
+    make = dict(device="cpu", dtype="fp32", gpu_blocks=20, max_model_len=64, gpu_attn="torch")
     whole = LLM("tiny", **make).model
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "half", half)
@@ -2094,7 +2134,7 @@ LAYERS = (  # imports go from a layer to a layer below it, never up and never si
     {"serve"},
     {"bench", "server"},
     {"neo", "report", "timeline"},
-    {"measure", "workload", "advice"},
+    {"measure", "workload", "advice", "ranks"},
     {"model", "strategies", "startup", "bounds"},
     {"captures", "scheduler", "options", "aim", "hub", "chat"},
     {"kvcache", "plan", "checkpoint"},

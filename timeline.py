@@ -12,11 +12,12 @@ import argparse
 import importlib.util
 import json
 import string
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 from options import output_file
-from perfmodel import SimulatedModel, Span, busy_seconds, layer_spans
+from perfmodel import SimulatedModel, Span, layer_spans
 
 DETAILED = 200      # iterations of a page with all their stages: half of them the first ones, half
 #                     from the middle. A stage takes about 25 bytes, an iteration of Llama-7B 4 kB.
@@ -106,9 +107,16 @@ def write(path, runs, title, number=None):
 
 
 def used_lanes(spans):
-    """Lanes in which somebody worked, from top to bottom."""
-    used = {span.lane for span in spans}
-    return [lane for lane in LANES if lane in used]
+    """(rank, lane) in which somebody worked, from top to bottom."""
+    used = {(span.rank, span.lane) for span in spans}
+    ranks = 1 + max(rank for rank, _ in used)
+    return [(rank, lane) for rank in range(ranks) for lane in LANES if (rank, lane) in used]
+
+
+def lane_labels(lanes):
+    """Names of lanes; with their rank, if there are several."""
+    several = max(rank for rank, _ in lanes) > 0
+    return [LANES[lane] + (f", rank {rank}" if several else "") for rank, lane in lanes]
 
 
 def letter(sub_batch):
@@ -134,10 +142,11 @@ def write_trace(path, runs, title, number):
     for pid, strategy in enumerate(spans):
         meta = {"ph": "M", "pid": pid}
         events.append(meta | {"name": "process_name", "args": {"name": strategy}})
-        events += [meta | {"name": "thread_name", "tid": tid, "args": {"name": LANES[lane]}}
-                   for tid, lane in enumerate(lanes)]
+        events += [meta | {"name": "thread_name", "tid": tid, "args": {"name": label}}
+                   for tid, label in enumerate(lane_labels(lanes))]
         events += [{"ph": "X", "name": f"{span.stage} {span.layer}{letter(span.sub_batch)}",
-                    "pid": pid, "tid": lanes.index(span.lane), "ts": 1e6 * (span.start - zero),
+                    "pid": pid, "tid": lanes.index((span.rank, span.lane)),
+                    "ts": 1e6 * (span.start - zero),
                     "dur": 1e6 * (span.end - span.start),
                     "args": {"layer": span.layer, "sub_batch": letter(span.sub_batch)}}
                    for span in spans[strategy]]
@@ -148,8 +157,9 @@ def write_trace(path, runs, title, number):
 
 def write_page(path, runs, title, number):
     """timeline.html with the data in it. "</" becomes "<\\/": no text in it ends the script."""
-    data = {"title": title, "lanes": list(LANES.values()),
-            "runs": [page_data(run, len(runs)) for run in runs],
+    lanes = used_lanes(span for run in runs for it in run.iterations for span in it.stages())
+    data = {"title": title, "lanes": lane_labels(lanes),
+            "runs": [page_data(run, len(runs), lanes) for run in runs],
             "stages": {stage: {"label": label, "once": stage in ONCE,
                                "colours": [colour(stage, i) for i in range(len(LIGHTER))]}
                        for stage, (label, _) in STAGES.items()}}
@@ -158,10 +168,10 @@ def write_page(path, runs, title, number):
     Path(path).write_text(page.replace("/*DATA*/", text), encoding="utf-8")
 
 
-def page_data(run, num_runs):
+def page_data(run, num_runs, lanes):
     """One Recorder as the page wants it; times in whole microseconds since the first iteration.
 
-    A page of num_runs strategies shares DETAILED among them.
+    A page of num_runs strategies shares DETAILED among them. lanes: (rank, lane) of each.
     """
     zero, n, half = run.iterations[0].start, len(run.iterations), DETAILED // num_runs // 2
     middle, chosen = max(half, (n - half) // 2), choose(run)
@@ -172,12 +182,14 @@ def page_data(run, num_runs):
         return round(1e6 * (seconds - zero))
     for i, it in enumerate(run.iterations):
         spans = it.stages()
-        busy = busy_seconds(spans)
+        busy = Counter()
+        for s in spans:
+            busy[s.rank, s.lane] += s.end - s.start
         iterations.append({
             "start": us(it.start), "end": us(it.end), "rows": it.rows, "waiting": it.waiting,
-            "running": it.running, "busy": [round(1e6 * busy[lane]) for lane in LANES]})
+            "running": it.running, "busy": [round(1e6 * busy[lane]) for lane in lanes]})
         if i in detailed:
-            detail[i] = [[list(LANES).index(s.lane), names.index(s.stage), s.layer, s.sub_batch,
+            detail[i] = [[lanes.index((s.rank, s.lane)), names.index(s.stage), s.layer, s.sub_batch,
                           us(s.start), us(s.end)] for s in spans]
     return {"strategy": run.strategy, "num_blocks": run.num_blocks, "iterations": iterations,
             "detail": detail, "changes": run.changes, "chosen": chosen,
@@ -211,7 +223,8 @@ def write_picture(path, runs, title, number):
     lanes = used_lanes(spans)
     figure, axes = plt.subplots(2, figsize=(12, 2.6 + 0.8 * len(lanes)), layout="constrained")
     layer = max(0, max(s.layer for s in spans) // 2 - ZOOMED // 2)
-    inside = [s for s in spans if layer <= s.layer < layer + ZOOMED and s.lane == "gpu"]
+    inside = [s for s in spans
+              if layer <= s.layer < layer + ZOOMED and s.lane == "gpu" and not s.rank]
     window = (min(s.start for s in inside), max(s.end for s in inside))
     for ax, (start, end) in zip(axes, ((it.start, it.end), window), strict=True):
         draw_lanes(ax, spans, lanes, it.start, start, end)
@@ -235,14 +248,15 @@ def write_picture(path, runs, title, number):
 def draw_lanes(ax, spans, lanes, zero, start, end):
     """Spans between start and end, in seconds, on matplotlib axes; a wide one gets its name."""
     for s in spans:
-        y, left, width = -lanes.index(s.lane), 1e3 * (s.start - zero), 1e3 * (s.end - s.start)
+        y = -lanes.index((s.rank, s.lane))
+        left, width = 1e3 * (s.start - zero), 1e3 * (s.end - s.start)
         ax.barh(y, width, 0.8, left, color=colour(s.stage, s.sub_batch))
         middle = (s.start + s.end) / 2
         if start <= middle <= end and s.end - s.start > 0.06 * (end - start):
             ax.text(1e3 * (middle - zero), y, f"{s.stage} {s.layer}{letter(s.sub_batch)}",
                     ha="center", va="center", fontsize=8, color="black" if s.sub_batch else "white")
     ax.set_xlim(1e3 * (start - zero), 1e3 * (end - zero))
-    ax.set_yticks([-i for i in range(len(lanes))], [LANES[lane] for lane in lanes])
+    ax.set_yticks([-i for i in range(len(lanes))], lane_labels(lanes))
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.tick_params(axis="y", length=0)
 

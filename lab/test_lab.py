@@ -4,10 +4,14 @@
 
 Models are tiny or simulated. Nothing is asserted about how fast this machine is.
 """
+import contextlib
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -317,3 +321,37 @@ def test_advice_where_there_is_little_to_compare():
     found = advise(LLM("tiny", "neo", device="cpu", **SIZES), [(20, 9)] * 50)
     assert found.guessed == "int8" and found.gain > 0 and found.gb_s["cpu"] > 0
     assert "(guessed)" in found.describe()
+
+
+def test_replicas_behind_ray_serve():
+    """Two replicas of the tiny model: OpenAI's interface, a stream, metrics of each."""
+    pytest.importorskip("ray.serve")
+    httpx = pytest.importorskip("httpx")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lab.ray_serve", "--model", "tiny", "--device", "cpu",
+         "--replicas", "2", "--cores", "1", "--port", str(port), "--metrics-port", str(port + 1)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        url, end = f"http://127.0.0.1:{port}", time.monotonic() + 90
+        while time.monotonic() < end:
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(url + "/health").status_code == 200:
+                    break
+            time.sleep(0.5)
+        body = {"prompt": [1, 2, 3], "max_tokens": 5, "ignore_eos": True}
+        for _ in range(8):
+            reply = httpx.post(url + "/v1/completions", json=body, timeout=60).json()
+            assert reply["usage"]["completion_tokens"] == 5
+        with httpx.stream("POST", url + "/v1/completions", json=body | {"stream": True}) as reply:
+            lines = [line for line in reply.iter_lines() if line]
+        assert lines[-1] == "data: [DONE]" and len(lines) > 2
+        texts = [httpx.get(f"http://127.0.0.1:{port + i}/metrics").text for i in (1, 2)]
+        done = [sum(float(line.split()[-1]) for line in text.splitlines()
+                    if line.startswith("neo_requests_total")) for text in texts]
+        assert sum(done) == 9 and all(done)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)

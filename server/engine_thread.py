@@ -20,11 +20,13 @@ import traceback
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ranks import RankError
 from scheduler import StrategyError
 from server.metrics import Metrics
 
 LEAVING = "the server is shutting down"
 MAX_FAILURES = 3            # iterations that fail in a row: then the engine ends
+RANKS_WATCHED = 1.0         # seconds between looks at the other ranks while nothing is in flight
 UNHEALTHY_SECONDS = 10.0    # that /health reports a failure, unless a later one succeeds
 
 
@@ -180,7 +182,7 @@ class EngineThread(threading.Thread):
         log(error)
         self.num_failures += 1
         self.failure, self.failed_at = failure_text(error), time.perf_counter()
-        dying = self.num_failures >= MAX_FAILURES
+        dying = self.num_failures >= MAX_FAILURES or isinstance(error, RankError)
         try:
             for stream in [s for s in self.open if not dying and self._is_broken(s)]:
                 self._end(stream, self.failure)
@@ -213,8 +215,9 @@ class EngineThread(threading.Thread):
         Returns False at the end: no more requests are taken, and none is in flight.
         """
         with self.changed:
-            self.changed.wait_for(
-                lambda: self.inbox or self.dropped or self.llm.outputs or self.closing)
+            while not (self.inbox or self.dropped or self.llm.outputs or self.closing):
+                self.changed.wait(RANKS_WATCHED)
+                self.llm.check_ranks()
             calls = [call for call in self.inbox if not call[0].error]
             self.open |= {stream for stream, _, _ in calls}
             self.inbox.clear()
@@ -304,5 +307,6 @@ def log(error):
 
 def failure_text(error):
     """An error in words for clients: its message may quote another user's request."""
-    reasons = {MemoryError: ": out of memory", StrategyError: ": the strategy broke a rule"}
+    reasons = {MemoryError: ": out of memory", StrategyError: ": the strategy broke a rule",
+               RankError: ": one of its processes has ended"}
     return f"the engine failed: {type(error).__name__}{reasons.get(type(error), '')}"

@@ -18,7 +18,7 @@ from timeline import LANES, LIGHTER, STAGES, colour
 ARMED = 2.0             # seconds that iterations are recorded after a GET of /live
 KEPT = 8                # iterations whose spans a Snapshot holds
 MAX_SQUARES = 2000      # of a tier: above, one square stands for several blocks
-SHOWN = ("gpu", "cpu")  # lanes
+SHOWN = ("gpu", "cpu")  # lanes, of rank 0
 FREE = -1               # the owner of a square without KV
 
 
@@ -117,7 +117,7 @@ def picture(it):
     return {"length": round(1e6 * (it.end - it.start)), "tokens": it.tokens, "rows": it.rows,
             "spans": [(SHOWN.index(s.lane), names.index(s.stage), s.sub_batch,
                        round(1e6 * (s.start - it.start)), round(1e6 * (s.end - it.start)))
-                      for s in it.spans if s.lane in SHOWN]}
+                      for s in it.spans if s.lane in SHOWN and not s.rank]}
 
 
 def load_page():
