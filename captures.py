@@ -175,7 +175,7 @@ class Captures:
 
     def _capture(self, calls, kind, rows):
         """Replays of the calls, or None once the budget is spent or a capture has failed."""
-        ranks = self.model.ranks            # all capture it, or none does
+        ranks = self.model.ranks            # all try to capture it, or none does
         if not ranks.least(self.spent + self.costs.get(kind, 0) <= self.budget):
             return None
         self.captured_now = True
@@ -187,13 +187,11 @@ class Captures:
             if self.spent:                  # the first one's is mostly temporaries'
                 self.costs[kind] = cost
             self.spent += cost
-            if ranks.least(True):
-                return replays
-            raise RuntimeError("another rank could not")
+            return replays
         except RuntimeError as error:       # torch.OutOfMemoryError, AcceleratorError: all of it
-            if self.budget >= 0:            # after a failed capture, no other one can be trusted
-                self.budget = -1
-                ranks.least(False)
+            if ranks.size > 1:              # the others have captured it
+                raise
+            self.budget = -1                # after a failed capture, no other one can be trusted
             reason = str(error).strip().split("\n")[0]
             warnings.warn(f"could not capture {kind} of {rows} rows ({reason}): sizes that are not "
                           "captured yet are launched kernel by kernel", stacklevel=2)

@@ -479,6 +479,12 @@ class Model:
         if self.captures and on_cuda(self.device):
             self.captures.capture_passes(kv)
 
+    def drop_captures(self):
+        """Free all CUDA graphs; the model does not run any more."""
+        if self.captures:
+            self.captures.passes.clear()
+            self.captures.stages.clear()
+
     @property
     def captured(self):
         """Did the last run stop to capture something?"""

@@ -33,15 +33,16 @@ from model import Model
 from options import Options, Parser, add_engine_flags, engine_options
 from perfmodel import Prediction, Profile, Roofline, SimulatedModel, busy_seconds, find_testbed
 from queues import on_cuda
-from ranks import RankError, Ranks
+from ranks import Ranks
 from request import Request, RequestOutput, SamplingParams
 from sampling import is_greedy, sample
 from scheduler import MAX_RUNNING, Scheduler
 from startup import (
-    check_ranks,
+    check_num_ranks,
     device_name,
     fmt_gib,
     gpu_memory,
+    host_memory,
     plan_budget,
     resolve_device,
     resolve_dtype,
@@ -102,16 +103,13 @@ class LLM:
         self.device = resolve_device(options.device)
         self.dtype = resolve_dtype(options.dtype, cfg, self.device)
         options.dtype = NAMES[self.dtype]           # the same in every rank
-        check_ranks(options, cfg, self.device)
+        check_num_ranks(options, cfg, self.device)
         # A strategy of the user's own is not known in other ranks. They only need its tiers.
-        like = (name for name, known in STRATEGIES.items() if known.tiers == tiers)
+        like = (name for name, known in STRATEGIES.items() if set(known.tiers) == set(tiers))
         self.ranks = Ranks(options.tensor_parallel_size, on_cuda(self.device),
                            options.for_ranks(next(like, options.strategy)))
-        try:
+        with self.ranks.ending_all():
             self._load_share(options, tiers)
-        except BaseException as error:
-            self.ranks.fail(error)
-            raise
 
     def _load_share(self, options, tiers):
         """What every rank does: its share of model and cache, and then its part in the loop."""
@@ -121,8 +119,10 @@ class LLM:
         options.gpu_mem = gpu_memory(options, self.device)
         self.budget = budget = plan_budget(
             options, tiers, cfg.shard(ranks.size), self.dtype, self.device,
-            ranks_here=ranks.local_size)
+            host=ranks.least(host_memory() // ranks.local_size))
         attn = choose(options.gpu_attn, self.device, self.dtype)
+        flags = options.for_ranks("")[2]
+        ranks.check_same(flags | {"GPU attention": attn.describe()})
         cpu_path = choose_path(options.cpu_attn, NAMES[budget.kv_dtypes["cpu"]], cfg.head_dim,
                                budget.block_size)
         self.tokenizer = load_tokenizer(self.path)
@@ -134,6 +134,7 @@ class LLM:
             self.gpu_threads, self.cpu_threads, attn, cpu_path, ranks, options.eager, options.seed)
         torch.set_num_threads(self.gpu_threads or cores)    # this thread samples: the GPU idles
         self.load_seconds = time.perf_counter() - start
+        ranks.least(1)          # all have loaded: only now sums begin, which have a time limit
         self.model.allow_captures(-(-budget.max_model_len // budget.block_size),
                                   max(self.max_num_seqs, MOST_PROFILED))
         if on_cuda(self.device):
@@ -143,10 +144,11 @@ class LLM:
                                  f"and CUDA graphs the GPU has room for {most}: lower it, or "
                                  "--max-batch-tokens")
             budget.num_blocks["gpu"] = options.gpu_blocks or most
-            budget.check_length(options.strategy, tiers, options.max_model_len)
             if options.gpu_memory_utilization:
                 budget.card = ""            # it names no card
         budget.num_blocks = {tier: ranks.least(n) for tier, n in budget.num_blocks.items()}
+        budget.check_tiers(options.strategy, tiers)
+        budget.check_length(options.strategy, tiers, options.max_model_len)
         self.kv = KVCache(self.model.kv_geometry, budget.block_size, budget.num_blocks,
                           budget.max_model_len, budget.kv_dtypes, budget.row_dtype, self.device)
         self.clock, self.wait = time.perf_counter, time.sleep
@@ -154,14 +156,14 @@ class LLM:
         warm_up(self.model, self.kv)
         self.model.capture_passes(self.kv)
         if ranks.rank:
-            ranks.follow(self.model, self.kv)       # until rank 0 ends
+            ranks.repeat(self.model, self.kv)       # until rank 0 ends
         ranks.lead(self.model, self.kv)
         threads = [self.gpu_threads, self.cpu_threads]
         self.points = profile_points(self.model, self.kv, budget, threads)
 
     def _simulate(self, options):
         """What _load does, for a simulation."""
-        check_ranks(options, self.cfg, None)
+        check_num_ranks(options, self.cfg, None)
         source, cfg = options.simulate, self.cfg
         self.device, self.tokenizer = torch.device("cpu"), None
         if isinstance(source, LLM):
@@ -340,6 +342,7 @@ class LLM:
                 return landed
             with self._model_time():
                 tokens = sample(result.logits, outs, result.arrived())
+            self.ranks.check()              # if one has ended, the sums were not whole
 
             # 4) Commit: tokens are appended, finished requests leave, text grows.
             if landed:                      # which may have ended some of them
@@ -388,6 +391,7 @@ class LLM:
         flight = self.flight
         with self._model_time():
             tokens = flight.result.arrived()
+        self.ranks.check()
         outs = [out for out in flight.outs if out.finish_reason is None]
         self.scheduler.arrive(flight.sampled, tokens)
         for out in outs:
@@ -483,11 +487,6 @@ class LLM:
                 if out.finish_reason is None:
                     self.abort(out.request_id)
         return outs
-
-    def check_ranks(self):
-        """Raise RankError if another rank has ended."""
-        if self.ranks.ended:
-            raise RankError(self.ranks.ended)
 
     def close(self):
         """End the other ranks. A simulation, and an engine of one rank, have nothing to end."""

@@ -196,7 +196,7 @@ def host_memory():
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def check_ranks(options, cfg, device):
+def check_num_ranks(options, cfg, device):
     """Raise ValueError on a number of ranks that this model or machine cannot have."""
     n, under_torchrun = options.tensor_parallel_size, "RANK" in os.environ
     if n < 1:
@@ -230,17 +230,18 @@ def num_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def plan_budget(options, tiers, cfg, dtype, device, testbed=None, ranks_here=1):
+def plan_budget(options, tiers, cfg, dtype, device, testbed=None, host=None):
     """Options -> Budget, checked against the memory that is free (or that a Testbed has).
 
-    tiers       those in which the strategy keeps KV
-    cfg         of one rank: its heads and its part of the feed-forward layers
-    ranks_here  ranks that share this machine's memory
+    tiers  those in which the strategy keeps KV
+    cfg    of one rank: its heads and its part of the feed-forward layers
+    host   bytes of host memory for one rank; default: all that is free
     Raises ValueError on what does not fit.
     """
     check_numbers(options, cfg)
     budget = size_up(options, cfg, dtype)
-    has_gpu, host = bool(testbed) or device.type == "cuda", host_memory() // ranks_here
+    has_gpu = bool(testbed) or device.type == "cuda"
+    host = host_memory() if host is None else host
     packs = not has_gpu and options.gpu_attn != "torch" and can_pack(device, dtype)
     if packs and cfg.tie_embeddings:
         head_bytes = cfg.vocab_size * cfg.n_embd * dtype.itemsize

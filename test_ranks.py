@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+import ranks
 from neo import LLM, SamplingParams
 from ranks import RankError
 from test_neo import EXACT, hf_generate, make_prompts, save_checkpoint
@@ -118,6 +120,17 @@ class TestTwoRanks:
             assert two.generate([[1, 2]], EXACT)[0].finish_reason == "length"
             assert two.kv.tiers["gpu"].free_blocks and not two.kv.sequences
 
+    def test_ctrl_c_takes_effect_between_iterations(self, two):
+        """So that the ranks stay in step, and the engine goes on."""
+        before = two.generate([[1, 2, 3]], EXACT)[0].token_ids
+        timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            two.generate([[1, 2, 3]] * 8, SamplingParams(100, ignore_eos=True))
+        assert not two.outputs and not two.kv.sequences
+        assert two.generate([[1, 2, 3]], EXACT)[0].token_ids == before
+        two.kv.check()
+
     def test_sampling_and_spans_of_all_ranks(self, two):
         spans = []
         two.watch(lambda plan, found, start, end: spans.extend(found))
@@ -155,12 +168,20 @@ def test_a_killed_rank_is_noticed_while_idle_and_ends_the_engine():
     end = time.monotonic() + SECONDS
     with pytest.raises(RankError, match="rank 1 was killed by signal 9"):
         while time.monotonic() < end:
-            llm.check_ranks()
+            llm.ranks.check()
             time.sleep(0.1)
     with pytest.raises(RankError, match="rank 1 was killed"):
         llm.generate([[1, 2, 3]])
     assert not workers_of(os.getpid()) or gone([c.pid for c in llm.ranks.children])
     llm.close()
+
+
+def test_a_rank_that_does_not_start_is_named(monkeypatch):
+    monkeypatch.setattr(ranks, "CHILD", "raise SystemExit(3)")
+    start = time.monotonic()
+    with pytest.raises(RankError, match="rank 1 has ended with exit code 3"):
+        LLM("tiny", tensor_parallel_size=2, **STARVED)
+    assert time.monotonic() - start < SECONDS and not workers_of(os.getpid())
 
 
 def test_a_rank_that_raises_is_named_with_its_traceback():

@@ -37,8 +37,8 @@ def deployment(args):
     """Parsed flags -> what ray.serve.run takes."""
     from ray import serve
     if not args.gpus:                   # Ray counts cores; the engine has to keep to them
-        args.gpu_threads = args.gpu_threads or max(1, args.cores // 2)
-        args.cpu_threads = args.cpu_threads or max(1, args.cores // 2)
+        half = max(1, args.cores // args.tensor_parallel_size // 2)
+        args.gpu_threads, args.cpu_threads = args.gpu_threads or half, args.cpu_threads or half
 
     def build():                        # in the replica's process
         _, engine, app = application(args)

@@ -217,7 +217,7 @@ class EngineThread(threading.Thread):
         with self.changed:
             while not (self.inbox or self.dropped or self.llm.outputs or self.closing):
                 self.changed.wait(RANKS_WATCHED)
-                self.llm.check_ranks()
+                self.llm.ranks.check()
             calls = [call for call in self.inbox if not call[0].error]
             self.open |= {stream for stream, _, _ in calls}
             self.inbox.clear()
