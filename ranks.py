@@ -247,7 +247,7 @@ class Ranks:
         if self.size == 1:
             return spans
         found = [None] * self.size if self.rank == 0 else None
-        with self.ending_all(), self._holding_interrupts():
+        with self._holding_interrupts(), self.ending_all():
             if self.rank == 0:
                 self._send("spans")
             dist.gather_object((time.perf_counter(), spans), found, 0, self.talk)
@@ -284,7 +284,7 @@ class Ranks:
 
     def _run(self, model, run, sub_batches, kv, depth=None):
         self.check()
-        with self.ending_all(), self._holding_interrupts():
+        with self._holding_interrupts(), self.ending_all():
             self._send("run", kv.num_free, [b.index for b in sub_batches], depth, model.timed)
             return run(sub_batches, kv, depth)
 
