@@ -62,8 +62,7 @@ class Flight(NamedTuple):
     outs: list              # and their RequestOutputs
     result: object          # perfmodel.Result; without logits if it stays in flight
     start: float            # of the iteration, by the engine's clock
-    number: int             # of the iteration, and
-    counts: list            # Batch.counts of each sub-batch: the next plan may change a prompt's
+    number: int             # of the iteration
 
 
 class LLM:
@@ -328,13 +327,14 @@ class LLM:
             # 3) Forward: all layers, then one token for each row that is sampled.
             sampled = plan.sampled
             outs = [self.outputs[r.id] for r in sampled]
+            plan.counts, plan.num_sampled = [b.counts() for b in plan.batches], len(sampled)
             every = TIMED_EVERY if self.may_fly and not self.times_all else 1
             timed = self.scheduler.iteration % every == 0
             self.model.timed = timed
             with self._model_time():
                 result = self.model.run(sub_batches, self.kv)
             flight = Flight(plan, sampled, outs, result._replace(logits=None), start,
-                            self.scheduler.iteration, [b.counts() for b in plan.batches])
+                            self.scheduler.iteration)
             landed += self._land()          # the iteration before, behind the launch of this one
             if self._may_leave(plan, outs, timed):
                 self.scheduler.advance(plan)
@@ -445,7 +445,7 @@ class LLM:
                 self.perf.observe(plan.predicted, measured)
         if self.verbose:
             rows = " | ".join("prefill {:5d} gpu {:3d} cpu {:3d}".format(*counts)
-                              for counts in flight.counts)
+                              for counts in plan.counts)
             waiting = len(self.scheduler.waiting)
             print(f"iteration {flight.number:5d}  {rows}  waiting {waiting:3d}  predicted "
                   f"{predicted_ms:8.1f} ms  measured {measured.total_ms:8.1f} ms", file=sys.stderr)

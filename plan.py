@@ -101,6 +101,9 @@ class Plan:
     shares: list = field(default_factory=list)      # and the same, by the share that they take
     batches: list = field(default_factory=list)     # Batches; two or more are pipelined
     predicted: object = None                        # perfmodel.Prediction, if there is a model
+    # set when it is launched, for who looks later: by then its requests have changed
+    counts: list = None                             # Batch.counts of each sub-batch
+    num_sampled: int = 0                            # requests that get a token
 
     @property
     def requests(self):

@@ -82,10 +82,9 @@ class Recorder:
     def record(self, plan, spans, start, end):
         """LLM.on_iteration: start and end in seconds."""
         model, s, i = self.llm.model, self.llm.scheduler, len(self.iterations)
-        rows = [b.counts() for b in plan.batches]
         self.iterations.append(Iteration(
-            start, end, spans, model.layout if isinstance(model, SimulatedModel) else None, rows,
-            len(s.waiting), tuple(len(s.running[tier]) for tier in ("gpu", "cpu"))))
+            start, end, spans, model.layout if isinstance(model, SimulatedModel) else None,
+            plan.counts, len(s.waiting), tuple(len(s.running[tier]) for tier in ("gpu", "cpu"))))
         held = {request: (seq.tier, len(seq.blocks))
                 for request, seq in self.llm.kv.sequences.items()}
         self.changes += [(i, request, None, 0) for request in self.held if request not in held]

@@ -66,8 +66,7 @@ class LiveView:
             self.llm.watch(None)
 
     def _snapshot(self, plan, spans, start, end):
-        rows = tuple(b.counts() for b in plan.batches)
-        iteration = Iteration(start, end, len(plan.sampled), rows, tuple(spans))
+        iteration = Iteration(start, end, plan.num_sampled, tuple(plan.counts), tuple(spans))
         before = self.latest.iterations[1 - KEPT:] if self.latest else ()
         owners = tuple((request, seq.tier, tuple(seq.blocks))
                        for request, seq in self.llm.kv.sequences.items())
