@@ -73,6 +73,7 @@ class LLM:
     options  the fields of options.Options: device, dtype, gpu_mem, gpu_blocks, cpu_mem, ...
              simulate may also be a perfmodel.Testbed, or an LLM on whose measured profile to run:
              nothing is computed, a virtual clock runs, every token is 0
+             tensor_parallel_size > 1 starts other processes, which `close` ends (see ranks.py)
 
     Raises ValueError, before anything is loaded, on what does not exist or does not fit.
     """
