@@ -147,7 +147,7 @@ class LLM:
             if options.gpu_memory_utilization:
                 budget.card = ""            # it names no card
         budget.num_blocks = {tier: ranks.least(n) for tier, n in budget.num_blocks.items()}
-        budget.check_tiers(options.strategy, tiers)
+        budget.check_tiers(options.strategy, tiers)         # again: now the numbers are final
         budget.check_length(options.strategy, tiers, options.max_model_len)
         self.kv = KVCache(self.model.kv_geometry, budget.block_size, budget.num_blocks,
                           budget.max_model_len, budget.kv_dtypes, budget.row_dtype, self.device)
