@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 
 from plan import pack, unpack
-from startup import LOCAL_RANK, take_cores
+from startup import LOCAL_RANK, UNDER_TORCHRUN, ranks_here, take_cores
 
 SUM_TIMEOUT = timedelta(seconds=120)    # one rank may stop to compile a kernel
 IDLE_TIMEOUT = timedelta(days=365)      # of messages: an idle engine sends none
@@ -62,7 +62,7 @@ class Ranks:
 
     def __init__(self, size=1, cuda=False, arguments=None):
         self.rank, self.size, self.cuda, self.children = 0, size, cuda, []
-        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))     # ranks of this machine
+        self.local_size = ranks_here(size)
         self.messages, self.repeating = [], False       # for the others; is bind running?
         self.why_ended, self.closed = None, threading.Event()
         self.drop_graphs = lambda: None                 # set by lead
@@ -73,7 +73,7 @@ class Ranks:
         self.cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
         atexit.register(self.close)
         with self.ending_all():
-            if "RANK" in os.environ:
+            if UNDER_TORCHRUN:
                 self.store, self.rank, _ = next(dist.rendezvous("env://", timeout=SUM_TIMEOUT))
                 take_cores(LOCAL_RANK, self.local_size, self.cores)
                 self.store.set(f"started {self.rank}", "")
@@ -187,7 +187,7 @@ class Ranks:
         self.closed.set()
         atexit.unregister(self.close)
         in_step, self.why_ended = not self.why_ended, self.why_ended or "it was closed"
-        if in_step:
+        if in_step and self.rank == 0:
             with contextlib.suppress(Exception):
                 self._send("close")
         for child in self.children:
@@ -196,6 +196,7 @@ class Ranks:
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
+            child.stdin.close()
         self.drop_graphs()                              # NCCL waits until they are gone
         if self.cuda and not in_step:                   # and for sums that never come
             threading.Thread(target=dist.distributed_c10d._abort_process_group, daemon=True).start()

@@ -19,6 +19,7 @@ from kernels.products import can_pack
 from kv_format import NAMES, kv_bytes
 from scheduler import MAX_RUNNING
 
+UNDER_TORCHRUN = "RANK" in os.environ       # or was started by rank 0, with the same variables
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))       # among the ranks of this machine
 if LOCAL_RANK and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
     # It sees its own GPU alone, as cuda:0 in every thread. This must come before CUDA starts.
@@ -198,7 +199,7 @@ def host_memory():
 
 def check_num_ranks(options, cfg, device):
     """Raise ValueError on a number of ranks that this model or machine cannot have."""
-    n, under_torchrun = options.tensor_parallel_size, "RANK" in os.environ
+    n = options.tensor_parallel_size
     if n < 1:
         raise ValueError(f"tensor_parallel_size = {n}: must be 1 or more")
     if options.simulate:
@@ -206,14 +207,14 @@ def check_num_ranks(options, cfg, device):
             raise ValueError(f"tensor_parallel_size = {n}: a simulation runs in one process; the "
                              "GPUs of a testbed are --testbed tp=N")
         return
-    started = int(os.environ["WORLD_SIZE"]) if under_torchrun else n
+    started = int(os.environ.get("WORLD_SIZE", 1)) if UNDER_TORCHRUN else n
     if started != n:
         raise ValueError(f"torchrun has started {started} processes: give "
                          f"--tensor-parallel-size {started}, not {n}")
     if n == 1:
         return
     cfg.shard(n)
-    here = int(os.environ["LOCAL_WORLD_SIZE"]) if under_torchrun else n
+    here = ranks_here(n)
     if LOCAL_RANK:
         return                                  # it sees its own GPU and cores alone
     if device.type == "cuda" and here > torch.cuda.device_count():
@@ -223,6 +224,11 @@ def check_num_ranks(options, cfg, device):
     if here > cores and not (options.gpu_threads and options.cpu_threads):
         raise ValueError(f"tensor_parallel_size = {n}: {here} ranks on {cores} cores: take fewer, "
                          "or let them share cores with --gpu-threads 1 --cpu-threads 1")
+
+
+def ranks_here(size):
+    """Those of `size` ranks that run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if UNDER_TORCHRUN else size
 
 
 def num_cores():

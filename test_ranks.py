@@ -19,10 +19,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 import ranks
+from checkpoint import PRESETS
 from neo import LLM, SamplingParams
-from ranks import RankError
+from options import Options
+from ranks import RankError, Ranks
+from startup import check_num_ranks
 from test_neo import EXACT, hf_generate, make_prompts, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent
@@ -154,6 +159,36 @@ def test_more_ranks_than_cores_must_be_asked_for(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     with pytest.raises(ValueError, match="2 ranks on 1 cores.*--gpu-threads 1"):
         LLM("tiny", device="cpu", tensor_parallel_size=2)
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    options = Options.of("tiny", "neo", {"tensor_parallel_size": 2})
+    with pytest.raises(ValueError, match="2 ranks on this machine, which has 1 GPUs"):
+        check_num_ranks(options, PRESETS["tiny"], torch.device("cuda"))
+
+
+def test_ranks_with_other_flags_are_refused(monkeypatch):
+    def gather(everyones, facts, group):
+        everyones[:] = facts, facts | {"dtype": "bf16"}
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    some = Ranks()
+    some.size, some.talk = 2, None
+    with pytest.raises(ValueError, match="dtype is fp32 in rank 0 and bf16 in rank 1"):
+        some.check_same({"device": "cpu", "dtype": "fp32"})
+
+
+def test_a_rank_without_signs_of_life_has_ended(monkeypatch):
+    """What notices that another machine is gone."""
+    monkeypatch.setattr(ranks, "LIFE_SECONDS", 1.2)
+    some = Ranks()
+    some.size, some.store = 2, dist.HashStore()
+    some.store.set("alive 1", "once")
+    watch = threading.Thread(target=some._watch)
+    watch.start()
+    watch.join(SECONDS)
+    with pytest.raises(RankError, match="rank 1 gives no sign of life"):
+        some.check()
 
 
 def test_a_simulation_has_no_ranks():
