@@ -127,6 +127,7 @@ class TestTwoRanks:
 
     def test_ctrl_c_takes_effect_between_iterations(self, two):
         """So that the ranks stay in step, and the engine goes on."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)    # background jobs ignore it
         before = two.generate([[1, 2, 3]], EXACT)[0].token_ids
         timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
         timer.start()
@@ -238,7 +239,9 @@ def test_nothing_is_left_behind(number):
         "--model", "tiny", "--device", "cpu", "--gpu-threads", "1", "--cpu-threads", "1",
         "--tensor-parallel-size", "2", "--input-len", "40", "--output-len", "80",
         "--num-prompts", "4000")
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))    # see above
     try:
         for line in process.stdout:
             if b"KV" in line:
