@@ -191,7 +191,8 @@ class Captures:
         except RuntimeError as error:       # torch.OutOfMemoryError, AcceleratorError: all of it
             if ranks.size > 1:              # the others have captured it
                 raise
-            self.budget = -1                # after a failed capture, no other one can be trusted
+            # No other one can be trusted: none is made, not even one that costs nothing.
+            self.budget = -1
             reason = str(error).strip().split("\n")[0]
             warnings.warn(f"could not capture {kind} of {rows} rows ({reason}): sizes that are not "
                           "captured yet are launched kernel by kernel", stacklevel=2)

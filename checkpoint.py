@@ -89,40 +89,44 @@ class Config:
         vocab = self.vocab_size * E * (1 if self.tie_embeddings else 2)
         return self.n_layer * layer + vocab + E
 
-    def shard(self, ranks):
-        """The config of a layer's part in one of `ranks` ranks. Raises ValueError if heads or
+    def shard(self, num_ranks):
+        """The config of a layer's part in one of num_ranks ranks. Raises ValueError if heads or
         feed-forward size cannot be divided."""
         H, Hkv = self.n_head, self.n_kv_head
-        if H % ranks or self.n_ffn % ranks or (Hkv % ranks and ranks % Hkv):
+        if H % num_ranks or self.n_ffn % num_ranks or (Hkv % num_ranks and num_ranks % Hkv):
             raise ValueError(
-                f"{ranks} ranks cannot share {H} query heads, {Hkv} key/value heads and a feed-"
+                f"{num_ranks} ranks cannot share {H} query heads, {Hkv} key/value heads and a feed-"
                 f"forward size of {self.n_ffn}: take a --tensor-parallel-size that divides them")
-        return replace(self, n_head=H // ranks, n_kv_head=max(1, Hkv // ranks),
-                       n_ffn=self.n_ffn // ranks)
+        return replace(self, n_head=H // num_ranks, n_kv_head=max(1, Hkv // num_ranks),
+                       n_ffn=self.n_ffn // num_ranks)
+
+    def vocab_rows(self, num_ranks):
+        """Rows of lm_head in a rank; the last one fills up with zeros."""
+        return -(-self.vocab_size // num_ranks)
 
     def whole_shape(self, name):
         """The shape of a tensor (Hugging Face's name) in a checkpoint."""
         E, D, F, V = self.n_embd, self.head_dim, self.n_ffn, self.vocab_size
-        qkv = {"q": self.n_head * D, "k": self.n_kv_head * D, "v": self.n_kv_head * D}
-        kind, what = name.split(".")[-2:]
-        rows = {"gate_proj": F, "up_proj": F, "lm_head": V, "embed_tokens": V, "o_proj": E,
-                "down_proj": E, "q_norm": D, "k_norm": D} | {f"{k}_proj": n for k, n in qkv.items()}
-        if "norm" in kind or what == "bias":
-            return rows.get(kind, E),
-        return rows[kind], {"o_proj": qkv["q"], "down_proj": F}.get(kind, E)
+        q, kv = self.n_head * D, self.n_kv_head * D
+        kind, part = name.split(".")[-2:]
+        rows = {"q_proj": q, "k_proj": kv, "v_proj": kv, "o_proj": E, "gate_proj": F, "up_proj": F,
+                "down_proj": E, "lm_head": V, "embed_tokens": V, "q_norm": D, "k_norm": D}
+        if "norm" in kind or part == "bias":
+            return (rows.get(kind, E),)
+        return rows[kind], {"o_proj": q, "down_proj": F}.get(kind, E)
 
-    def cut(self, name, whole, rank, ranks):
-        """What one of `ranks` ranks holds of a whole tensor: q and its heads of k and v, which
-        ranks share if they are few; rows of gate and up, columns of o and down; rows of lm_head,
-        as many in each rank but the last one."""
+    def cut(self, name, whole, rank, num_ranks):
+        """What one of num_ranks ranks holds of a whole tensor: q and its heads of k and v, which
+        ranks share if they are few; rows of gate and up, columns of o and down; vocab_rows of
+        lm_head, but what is left for the last rank."""
         kind, D = name.split(".")[-2], self.head_dim
         if kind in ("k_proj", "v_proj"):
-            return whole.narrow(0, rank * self.n_kv_head // ranks * D,
-                                max(1, self.n_kv_head // ranks) * D)
+            return whole.narrow(0, rank * self.n_kv_head // num_ranks * D,
+                                max(1, self.n_kv_head // num_ranks) * D)
         if kind in ("q_proj", "gate_proj", "up_proj", "lm_head"):
-            rows = -(-len(whole) // ranks)
+            rows = self.vocab_rows(num_ranks) if kind == "lm_head" else len(whole) // num_ranks
             return whole[rank * rows:(rank + 1) * rows]
-        return whole.chunk(ranks, 1)[rank] if kind in ("o_proj", "down_proj") else whole
+        return whole.chunk(num_ranks, 1)[rank] if kind in ("o_proj", "down_proj") else whole
 
 
 LLAMA2_EOS, LLAMA3_EOS, QWEN_EOS = (2,), (128001, 128008, 128009), (151645, 151643)

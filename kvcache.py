@@ -355,11 +355,10 @@ class KVCache:
 
     # ---- a sub-batch for the model
 
-    def bind(self, batch, index=0, pad=lambda num_gpu, num_cpu, num_prefill: (num_gpu, num_cpu),
-             late=None):
+    def bind(self, batch, index=0, pad=None, late=None):
         """Reserve the slots of a Batch's rows and return it as a SubBatch.
 
-        pad   (GPU decodes, CPU decodes, prompt rows) -> numbers of rows to pad the decodes to
+        pad   None, or (GPU decodes, CPU decodes, prompt rows) -> rows to pad the decodes to
         late  (tokens [S] on the device, {request id: its row}), for decodes whose last token is
               pending: its value is copied there
 
@@ -389,7 +388,7 @@ class KVCache:
         num_stored, num_prefill = sum(prefill_lens[:num_stored_prompts]), sum(prefill_lens)
 
         # 2) padding: where each row goes, and which rows are sampled
-        gpu_rows, cpu_rows = pad(num_gpu, num_cpu, num_prefill)
+        gpu_rows, cpu_rows = pad(num_gpu, num_cpu, num_prefill) if pad else (num_gpu, num_cpu)
         first_cpu = num_prefill + gpu_rows
         place = np.arange(len(tokens))
         place[num_prefill + num_gpu:] += gpu_rows - num_gpu

@@ -323,10 +323,10 @@ def time_stages(model, kv, requests, kind, deadline):
         if model.captured or (
                 repeat == 0 and (deadline.pass_seconds < 0.5 or kind != "prefill")):
             continue                # warm-up; for decodes also the first touch of their KV
-        ranks, ms = Counter(), Counter()
+        per_rank, ms = Counter(), Counter()
         for span in spans:
-            ranks[counted_as(span), span.layer, span.rank] += 1e3 * (span.end - span.start)
-        for (*key, _), value in ranks.items():          # the slowest rank counts
+            per_rank[counted_as(span), span.layer, span.rank] += 1e3 * (span.end - span.start)
+        for (*key, _), value in per_rank.items():          # the slowest rank counts
             ms[tuple(key)] = max(ms[tuple(key)], value)
         # `ends` is the embedding and the half layers before the first and after the last attention.
         ends, head = ms.pop(("linear", 0)) + ms.pop(("linear", L)), ms.pop(("head", L))

@@ -149,13 +149,14 @@ class Model:
     # ---- weights
 
     def _allocate(self):
-        c, ranks = self.cfg.shard(self.ranks.size), self.ranks
+        num_ranks = self.ranks.size
+        c = self.cfg.shard(num_ranks)
         H, Hkv, D, E, F_ = c.n_head, c.n_kv_head, c.head_dim, c.n_embd, c.n_ffn
 
         def new(*shape):
             return zeros(shape, self.dtype, self.device)
-        self.embed, rows = new(c.vocab_size, E), -(-c.vocab_size // ranks.size)
-        self.lm_head = None if c.tie_embeddings else new(rows, E)
+        self.embed = new(c.vocab_size, E)
+        self.lm_head = None if c.tie_embeddings else new(c.vocab_rows(num_ranks), E)
         self.norm = new(E)
         self.layers = [Layer(attn_norm=new(E), wqkv=new((H + 2 * Hkv) * D, E), wo=new(E, H * D),
                              ffn_norm=new(E), w_gate_up=new(2 * F_, E), w_down=new(E, F_))
@@ -182,8 +183,8 @@ class Model:
         """Weights -> what the products take, a matrix at a time. weight_views ends here."""
         if self.cfg.tie_embeddings:         # the last rank may have fewer rows of the vocabulary
             part = self._cut("lm_head.weight", self.embed)
-            rows = -(-len(self.embed) // self.ranks.size)
-            self.lm_head = part if len(part) == rows else F.pad(part, (0, 0, 0, rows - len(part)))
+            missing = self.cfg.vocab_rows(self.ranks.size) - len(part)
+            self.lm_head = F.pad(part, (0, 0, 0, missing)) if missing else part
         for w in self.layers:
             for name in ("wqkv", "wo", "w_gate_up", "w_down"):
                 setattr(w, name, self.products.pack(getattr(w, name)))
@@ -291,12 +292,12 @@ class Model:
                 o = o[b.sampled_rows]
                 if not len(x):                          # only chunks of prompts: nothing to sample
                     return
-            # The residual is added within the products: one rank adds it.
-            first = self.ranks.rank == 0
-            products.add_linear_(x, o, w.wo, first)
+            # The residual is added within the products, by rank 0 alone: the sum has it once.
+            adds_residual = self.ranks.rank == 0
+            products.add_linear_(x, o, w.wo, keep=adds_residual)
             self.ranks.add_up(x)
             gate_up = products.linear(self._norm(x, w.ffn_norm), w.w_gate_up)       # [N, 2 F]
-            products.add_linear_(x, ops.swiglu(gate_up), w.w_down, first)
+            products.add_linear_(x, ops.swiglu(gate_up), w.w_down, keep=adds_residual)
             self.ranks.add_up(x)
             if i == L:
                 return

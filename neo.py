@@ -60,7 +60,7 @@ class Flight(NamedTuple):
     plan: object            # plan.Plan
     sampled: list           # its Requests that get a token,
     outs: list              # and their RequestOutputs
-    result: object          # perfmodel.Result; without logits if it stays in flight
+    result: object          # perfmodel.Result without logits: the next run overwrites them
     start: float            # of the iteration, by the engine's clock
     number: int             # of the iteration
 
@@ -106,8 +106,8 @@ class LLM:
         check_num_ranks(options, cfg, self.device)
         # A strategy of the user's own is not known in other ranks. They only need its tiers.
         like = (name for name, known in STRATEGIES.items() if set(known.tiers) == set(tiers))
-        self.ranks = Ranks(options.tensor_parallel_size, on_cuda(self.device),
-                           options.for_ranks(next(like, options.strategy)))
+        arguments = options.model, next(like, options.strategy), options.keywords()
+        self.ranks = Ranks(options.tensor_parallel_size, on_cuda(self.device), arguments)
         with self.ranks.ending_all():
             self._load_share(options, tiers)
 
@@ -121,8 +121,7 @@ class LLM:
             options, tiers, cfg.shard(ranks.size), self.dtype, self.device,
             host=ranks.least(host_memory() // ranks.local_size))
         attn = choose(options.gpu_attn, self.device, self.dtype)
-        flags = options.for_ranks("")[2]
-        ranks.check_same(flags | {"GPU attention": attn.describe()})
+        ranks.check_same(options.keywords() | {"GPU attention": attn.describe()})
         cpu_path = choose_path(options.cpu_attn, NAMES[budget.kv_dtypes["cpu"]], cfg.head_dim,
                                budget.block_size)
         self.tokenizer = load_tokenizer(self.path)
@@ -134,7 +133,7 @@ class LLM:
             self.gpu_threads, self.cpu_threads, attn, cpu_path, ranks, options.eager, options.seed)
         torch.set_num_threads(self.gpu_threads or cores)    # this thread samples: the GPU idles
         self.load_seconds = time.perf_counter() - start
-        ranks.least(1)          # all have loaded: only now sums begin, which have a time limit
+        ranks.wait_for_all()    # only then sums begin, which have a time limit
         self.model.allow_captures(-(-budget.max_model_len // budget.block_size),
                                   max(self.max_num_seqs, MOST_PROFILED))
         if on_cuda(self.device):

@@ -72,10 +72,9 @@ class Options:
             raise TypeError(f"LLM has no option {unknown[0]!r}: the options are {', '.join(known)}")
         return cls(model, strategy, **given)
 
-    def for_ranks(self, strategy):
-        """What the LLM of another rank is made of: (model, strategy, options as a dict)."""
-        options = {f.name: getattr(self, f.name) for f in fields(self)[2:]}
-        return self.model, strategy, options
+    def keywords(self):
+        """LLM's keyword arguments: all but model and strategy."""
+        return {f.name: getattr(self, f.name) for f in fields(self)[2:]}
 
 
 # ------------------------------------------------------------------------------ command line

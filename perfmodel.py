@@ -75,11 +75,16 @@ class Result(NamedTuple):
 def busy_seconds(spans):
     """{lane: seconds of work} of a list of Spans, in the rank that worked longest."""
     busy = dict.fromkeys(("gpu", "cpu", "copy", "move"), 0.0)
-    ranks = Counter()
-    for span in spans:
-        ranks[span.lane, span.rank] += span.end - span.start
-    for (lane, _), seconds in ranks.items():
+    for (_, lane), seconds in busy_of_ranks(spans).items():
         busy[lane] = max(busy[lane], seconds)
+    return busy
+
+
+def busy_of_ranks(spans):
+    """Counter {(rank, lane): seconds of work} of a list of Spans."""
+    busy = Counter()
+    for span in spans:
+        busy[span.rank, span.lane] += span.end - span.start
     return busy
 
 
@@ -330,10 +335,10 @@ class Testbed:
     #                                norm (compute^(1/s) + memory^(1/s))^s
 
     def __post_init__(self):
+        if self.slowest < 1:
+            raise ValueError(f"testbed {self.name}: slowest = {self.slowest:g} must be 1 or more")
         for f in fields(self)[2:]:
             value, share = getattr(self, f.name), f.name.endswith("_eff")
-            if f.name == "slowest" and value < 1:
-                raise ValueError(f"testbed {self.name}: slowest = {value:g} must be 1 or more")
             may_be_zero = f.name.endswith(("_us", "_ms", "softness"))
             if value < 0 or (value == 0 and not may_be_zero) or (share and value > 1):
                 limits = "above 0, at most 1" if share else "positive"

@@ -9,8 +9,8 @@ its KV cache and its model it tells the others, which do the same with their sha
 
 Rank 0 starts the others, or torchrun starts all of them, on several machines too: then each runs
 the user's script, and in ranks 1, 2, ... LLM() does not return. Tensors go by NCCL between GPUs and
-by gloo between CPUs, messages by gloo. All ranks share a store: one that fails leaves its traceback
-there and ends, and rank 0 raises RankError; under torchrun it also has their signs of life.
+by gloo between CPUs, messages by gloo. All ranks share a store, in which each gives signs of life:
+one that fails leaves its traceback there and ends, and rank 0 raises RankError.
 
 Knows the calls that it repeats, and nothing of what they do. Test: pytest test_ranks.py
 """
@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 
 from plan import pack, unpack
-from startup import LOCAL_RANK, UNDER_TORCHRUN, ranks_here, take_cores
+from startup import LOCAL_RANK, STARTED_AS_RANK, ranks_here, take_cores
 
 SUM_TIMEOUT = timedelta(seconds=120)    # one rank may stop to compile a kernel
 IDLE_TIMEOUT = timedelta(days=365)      # of messages: an idle engine sends none
@@ -63,7 +63,7 @@ class Ranks:
     def __init__(self, size=1, cuda=False, arguments=None):
         self.rank, self.size, self.cuda, self.children = 0, size, cuda, []
         self.local_size = ranks_here(size)
-        self.messages, self.repeating = [], False       # for the others; is bind running?
+        self.messages, self.binding = [], False         # for the others; is bind running?
         self.why_ended, self.closed = None, threading.Event()
         self.drop_graphs = lambda: None                 # set by lead
         if size == 1:
@@ -73,7 +73,7 @@ class Ranks:
         self.cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
         atexit.register(self.close)
         with self.ending_all():
-            if UNDER_TORCHRUN:
+            if STARTED_AS_RANK:
                 self.store, self.rank, _ = next(dist.rendezvous("env://", timeout=SUM_TIMEOUT))
                 take_cores(LOCAL_RANK, self.local_size, self.cores)
                 self.store.set(f"started {self.rank}", "")
@@ -94,7 +94,7 @@ class Ranks:
         env = os.environ | {
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port), "TQDM_DISABLE": "1",
             "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "TORCH_CPP_LOG_LEVEL": "ERROR",
-            "PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", here)])}
+            "PYTHONPATH": os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))}
         for rank in range(1, size):
             take_cores(rank, size, self.cores)          # the child inherits them
             child = subprocess.Popen(
@@ -186,7 +186,8 @@ class Ranks:
             return
         self.closed.set()
         atexit.unregister(self.close)
-        in_step, self.why_ended = not self.why_ended, self.why_ended or "it was closed"
+        in_step = not self.why_ended
+        self.why_ended = self.why_ended or "it was closed"
         if in_step and self.rank == 0:
             with contextlib.suppress(Exception):
                 self._send("close")
@@ -232,6 +233,10 @@ class Ranks:
             dist.all_reduce(number, dist.ReduceOp.MIN, group=self.talk)
         return int(number)
 
+    def wait_for_all(self):
+        """Until all ranks have come here."""
+        self.least(0)
+
     def check_same(self, facts):
         """Raise ValueError unless all ranks have the same facts, a dict."""
         everyones = [facts] * self.size
@@ -271,17 +276,17 @@ class Ranks:
             self.drop_graphs = model.drop_captures
 
     def _tell(self, name, method, *args):
-        if not self.repeating:                          # else bind calls it, there too
+        if not self.binding:                            # else bind calls it, in all ranks
             self.messages.append((name, *args))
         return method(*args)
 
     def _bind(self, bind, batch, index=0, pad=None, late=None):
         self.messages.append(("bind", pack(batch), index, late and late[1]))
-        self.repeating = True
+        self.binding = True
         try:
-            return bind(batch, index, *([pad] if pad else []), late=late)
+            return bind(batch, index, pad, late)
         finally:
-            self.repeating = False
+            self.binding = False
 
     def _run(self, model, run, sub_batches, kv, depth=None):
         self.check()

@@ -80,6 +80,7 @@ class Scheduler:
         self.iteration += 1
         plan, before = Plan(), ({t: dict(self.running[t]) for t in self.running}, len(self.waiting))
         for tier, requests in self.running.items():
+            # _blocks, without a call for every request of every iteration
             needed = sum(-(-r.num_tokens // self.block_size) for r in requests.values())
             self.slack[tier] = self.num_blocks[tier] - needed
         try:
@@ -100,7 +101,7 @@ class Scheduler:
         check_speed(self, plan)
         for batch in plan.batches:
             for r in batch.gpu_decodes + batch.cpu_decodes:
-                if r.num_tokens > r.num_blocks * self.block_size:
+                if r.num_tokens > r.num_blocks * self.block_size:   # few need a new block
                     self._hold(r, r.num_tokens)
         self._count(plan)
         return plan

@@ -19,7 +19,7 @@ from kernels.products import can_pack
 from kv_format import NAMES, kv_bytes
 from scheduler import MAX_RUNNING
 
-UNDER_TORCHRUN = "RANK" in os.environ       # or was started by rank 0, with the same variables
+STARTED_AS_RANK = "RANK" in os.environ      # by torchrun, or by rank 0 with the same variables
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))       # among the ranks of this machine
 if LOCAL_RANK and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
     # It sees its own GPU alone, as cuda:0 in every thread. This must come before CUDA starts.
@@ -207,16 +207,16 @@ def check_num_ranks(options, cfg, device):
             raise ValueError(f"tensor_parallel_size = {n}: a simulation runs in one process; the "
                              "GPUs of a testbed are --testbed tp=N")
         return
-    started = int(os.environ.get("WORLD_SIZE", 1)) if UNDER_TORCHRUN else n
+    started = int(os.environ.get("WORLD_SIZE", 1)) if STARTED_AS_RANK else n
     if started != n:
         raise ValueError(f"torchrun has started {started} processes: give "
                          f"--tensor-parallel-size {started}, not {n}")
     if n == 1:
         return
     cfg.shard(n)
-    here = ranks_here(n)
     if LOCAL_RANK:
         return                                  # it sees its own GPU and cores alone
+    here = ranks_here(n)
     if device.type == "cuda" and here > torch.cuda.device_count():
         raise ValueError(f"tensor_parallel_size = {n}: {here} ranks on this machine, which has "
                          f"{torch.cuda.device_count()} GPUs: each rank needs one")
@@ -228,7 +228,7 @@ def check_num_ranks(options, cfg, device):
 
 def ranks_here(size):
     """Those of `size` ranks that run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if UNDER_TORCHRUN else size
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if STARTED_AS_RANK else size
 
 
 def num_cores():

@@ -63,6 +63,11 @@ def workers_of(pid):
     return found
 
 
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        return unused.getsockname()[1]
+
+
 def gone(pids):
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
@@ -259,9 +264,7 @@ def test_nothing_is_left_behind(number):
 def test_the_server_ends_and_leaves_nothing_behind(who):
     """With a request in flight: when a rank dies it is answered with 503, and the server ends with
     an error; a signal ends all ranks after it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     flags = ("--model", "tiny", "--device", "cpu", "--port", str(port), "--gpu-threads", "1",
              "--cpu-threads", "1", "-tp", "2")
     command = [sys.executable, "-c", "import measure, serve; measure.PROFILE_SECONDS = 0.2; "
@@ -311,9 +314,7 @@ def test_two_nodes_by_torchrun(tmp_path):
         f"outs = llm.generate({make_prompts(6, 512, 40)!r}, SamplingParams(12, ignore_eos=True))\n"
         "print('TOKENS', [o.token_ids for o in outs])\n"
         "llm.close()\n")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     agents = [subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
          "--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", str(port),

@@ -12,12 +12,11 @@ import argparse
 import importlib.util
 import json
 import string
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 from options import output_file
-from perfmodel import SimulatedModel, Span, layer_spans
+from perfmodel import SimulatedModel, Span, busy_of_ranks, layer_spans
 
 DETAILED = 200      # iterations of a page with all their stages: half of them the first ones, half
 #                     from the middle. A stage takes about 25 bytes, an iteration of Llama-7B 4 kB.
@@ -108,8 +107,8 @@ def write(path, runs, title, number=None):
 def used_lanes(spans):
     """(rank, lane) in which somebody worked, from top to bottom."""
     used = {(span.rank, span.lane) for span in spans}
-    ranks = 1 + max(rank for rank, _ in used)
-    return [(rank, lane) for rank in range(ranks) for lane in LANES if (rank, lane) in used]
+    num_ranks = 1 + max(rank for rank, _ in used)
+    return [(rank, lane) for rank in range(num_ranks) for lane in LANES if (rank, lane) in used]
 
 
 def lane_labels(lanes):
@@ -156,7 +155,9 @@ def write_trace(path, runs, title, number):
 
 def write_page(path, runs, title, number):
     """timeline.html with the data in it. "</" becomes "<\\/": no text in it ends the script."""
-    lanes = used_lanes(span for run in runs for it in run.iterations for span in it.stages())
+    # All lanes: the page hides the empty ones. A simulation is laid out later, once.
+    num_ranks = 1 + max(span.rank for run in runs for it in run.iterations for span in it.spans)
+    lanes = [(rank, lane) for rank in range(num_ranks) for lane in LANES]
     data = {"title": title, "lanes": lane_labels(lanes),
             "runs": [page_data(run, len(runs), lanes) for run in runs],
             "stages": {stage: {"label": label, "once": stage in ONCE,
@@ -181,9 +182,7 @@ def page_data(run, num_runs, lanes):
         return round(1e6 * (seconds - zero))
     for i, it in enumerate(run.iterations):
         spans = it.stages()
-        busy = Counter()
-        for s in spans:
-            busy[s.rank, s.lane] += s.end - s.start
+        busy = busy_of_ranks(spans)
         iterations.append({
             "start": us(it.start), "end": us(it.end), "rows": it.rows, "waiting": it.waiting,
             "running": it.running, "busy": [round(1e6 * busy[lane]) for lane in lanes]})

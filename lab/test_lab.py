@@ -327,9 +327,8 @@ def test_replicas_behind_ray_serve():
     """Two replicas of the tiny model: OpenAI's interface, a stream, metrics of each."""
     pytest.importorskip("ray.serve")
     httpx = pytest.importorskip("httpx")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
     process = subprocess.Popen(
         [sys.executable, "-m", "lab.ray_serve", "--model", "tiny", "--device", "cpu",
          "--replicas", "2", "--cores", "1", "--port", str(port), "--metrics-port", str(port + 1)],
